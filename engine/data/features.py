@@ -1,0 +1,122 @@
+"""Features of the frozen tower for the groups of a batch: computed when asked for, or read from a memory-mapped vision cache.
+
+The cache is one file, (views, images, tokens, width) in the tower's compute dtype, so it is exact.  Its key is a hash of the tower's
+weights, the transform, the dtype and the images, so a stale cache is never found.  View v of image i is what epoch v would draw, and
+epoch e reads view e mod views: with the eval transform one view is the truth, with the train transform k views stand for all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import write_json
+from ..models.vision import VisionTower
+from ..runlog import RunLog
+from ..runtime import Runtime
+from .images import load_pixels, normalise, sample_rng
+from .packing import CaptionData, Group
+
+BUILD_BATCH = 32
+
+
+class FeatureSource(Protocol):
+    def __call__(self, groups: list[Group]) -> Tensor:
+        """-> (groups, tokens, width) on the compute device."""
+
+
+class LiveFeatures:
+    """Decodes, transforms and encodes the images of each batch."""
+
+    def __init__(self, data: CaptionData, tower: VisionTower, transform: str, seed: int, runtime: Runtime):
+        self.data, self.tower, self.transform, self.seed, self.runtime = data, tower, transform, seed, runtime
+        self._pool = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1), thread_name_prefix="decode")
+
+    def __call__(self, groups: list[Group]) -> Tensor:
+        pixels = torch.stack(list(self._pool.map(self._pixels, groups))).to(self.runtime.device, non_blocking=True)
+        images = normalise(pixels, self.tower.norm.mean, self.tower.norm.std)
+        with self.runtime.autocast():
+            return self.tower.features(images)
+
+    def _pixels(self, group: Group) -> Tensor:
+        record = self.data.records[group.image]
+        rng = sample_rng(self.seed, group.epoch, record.image_id) if self.transform == "train" else None
+        return load_pixels(record.path, self.tower.image_size, rng)
+
+
+class CachedFeatures:
+    """Reads views from a vision cache; `build_cache` makes it."""
+
+    def __init__(self, path: Path, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device):
+        self.views = shape[0]
+        count = shape[0] * shape[1] * shape[2] * shape[3]
+        self.table = torch.from_file(str(path), shared=False, size=count, dtype=dtype).view(shape)
+        self.device = device
+
+    def __call__(self, groups: list[Group]) -> Tensor:
+        views = torch.tensor([g.epoch % self.views for g in groups])
+        images = torch.tensor([g.image for g in groups])
+        return self.table[views, images].to(self.device, non_blocking=True)
+
+
+def open_features(
+    data: CaptionData, tower: VisionTower, *, transform: str, seed: int, runtime: Runtime, cache_root: Path | None, views: int = 1, log: RunLog
+) -> FeatureSource:
+    """Live features, or, with `cache_root`, the cache of this tower and data, built first where it is missing.
+
+    An existing cache of the right key but the wrong size is removed and rebuilt, with a line that says so.
+    """
+    if cache_root is None:
+        return LiveFeatures(data, tower, transform, seed, runtime)
+    views = views if transform == "train" else 1
+    shape = (views, len(data.records), tower.tokens, tower.width)
+    key = _cache_key(data, tower, transform, seed, views, runtime.compute_dtype)
+    path = cache_root / f"vision-{data.name}-{key}.bin"
+    expected = shape[0] * shape[1] * shape[2] * shape[3] * runtime.compute_dtype.itemsize
+    if path.exists() and path.stat().st_size != expected:
+        log.warn("stale_cache", f"{path}: expected {expected} bytes, found {path.stat().st_size}; rebuilt")
+        path.unlink()
+    if not path.exists():
+        log.say(f"vision cache: {shape[1]:,} images x {views} view(s) -> {path} ({expected / 2**20:.0f} MiB)")
+        _build(path, LiveFeatures(data, tower, transform, seed, runtime), shape, runtime.compute_dtype, log)
+    return CachedFeatures(path, shape, runtime.compute_dtype, runtime.device)
+
+
+def _build(path: Path, live: LiveFeatures, shape: tuple[int, int, int, int], dtype: torch.dtype, log: RunLog) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    done, total = 0, shape[0] * shape[1]
+    with temporary.open("wb") as file:
+        for view in range(shape[0]):
+            for at in range(0, shape[1], BUILD_BATCH):
+                groups = [Group(i, view, ()) for i in range(at, min(at + BUILD_BATCH, shape[1]))]
+                features = live(groups).to(dtype).cpu().contiguous()
+                file.write(features.view(torch.uint8).numpy().data)
+                done += len(groups)
+                log.progress("vision cache", done, total, f"{done:,} of {total:,} images")
+        file.flush()
+        os.fsync(file.fileno())
+    log.end_progress()
+    temporary.replace(path)
+    write_json(path.with_suffix(".json"), {"shape": shape, "dtype": str(dtype)})
+
+
+def _cache_key(data: CaptionData, tower: VisionTower, transform: str, seed: int, views: int, dtype: torch.dtype) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tower.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    # The random views depend on the seed; the eval transform does not.
+    settings = [tower.image_size, transform, seed if transform == "train" else None, views, str(dtype), tower.norm.mean, tower.norm.std]
+    digest.update(json.dumps(settings).encode())
+    for record in data.records:
+        stat = record.path.stat()
+        digest.update(f"{record.image_id}\0{record.path.name}\0{stat.st_size}\n".encode())
+    return digest.hexdigest()[:16]

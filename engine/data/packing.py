@@ -1,0 +1,275 @@
+"""From captions to updates to packed rows: `[visual][caption 1][caption 2]...` an image, several images a row, no padding inside.
+
+An update is a fixed number of *pairs*, whatever the rows' token budget.  All captions of an image that fall into one update form a
+group, which shares one image encoding and one visual prefix.  Where an update ends inside an image, its other captions are carried over
+to the next.  The order depends on (seed, epoch) only, never on the number of ranks, and its position is a few numbers (`Position`).
+
+Shape letters: R rows, T tokens of a row, P predicted positions, V visual slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...kernels.row_packing import pack_rows
+from ..models.llm import LanguageModel
+from .coco import CaptionSet, DataError
+from .images import sample_rng
+
+
+@dataclass(frozen=True)
+class CaptionData:
+    """Captioned images with token ids: `ids[i][k]` is caption k of image i, BOS and newline included."""
+
+    name: str
+    records: Sequence
+    ids: list[list[list[int]]]
+
+    @property
+    def pair_count(self) -> int:
+        return sum(len(captions) for captions in self.ids)
+
+
+def tokenize(captions: CaptionSet, llm: LanguageModel, max_tokens: int) -> CaptionData:
+    """Token ids of every caption, made once."""
+    return CaptionData(captions.name, captions.records, [[llm.caption_ids(c, max_tokens) for c in r.captions] for r in captions.records])
+
+
+def join(sets: Sequence[CaptionData]) -> CaptionData:
+    """Several sets as one, in order."""
+    return CaptionData("+".join(s.name for s in sets), [r for s in sets for r in s.records], [i for s in sets for i in s.ids])
+
+
+@dataclass(frozen=True)
+class Group:
+    """Captions of one image that share its encoding in one update."""
+
+    image: int
+    epoch: int
+    captions: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Images `start` to `stop` of the data, which deal out a share `weight` of the pairs."""
+
+    start: int
+    stop: int
+    weight: float = 1.0
+
+
+@dataclass
+class Position:
+    """Where an order stands: for each subset its epoch and cursor; how many choices of a subset were made; and, where the last update ended
+    inside an image, how many of that image's captions it used and from which subset."""
+
+    epochs: list[int]
+    cursors: list[int]
+    draws: int = 0
+    carried: int = 0
+    carrying: int = 0
+
+
+class UpdateOrder:
+    """Deals out updates of exactly `batch_pairs` pairs, epoch after epoch, from a random order of the images of each subset.
+
+    captions_of: captions of each image.  captions_per_image: "all", or at most k captions of an image and epoch, drawn anew each epoch.
+    """
+
+    def __init__(
+        self, captions_of: Sequence[int], subsets: Sequence[Subset], batch_pairs: int, seed: int, captions_per_image: str | int = "all",
+        position: Position | None = None,
+    ):  # fmt: skip
+        if not subsets or any(s.stop <= s.start for s in subsets):
+            raise DataError("data.train: expected at least one captioned image in each set, got none")
+        self.captions_of = captions_of
+        self.subsets = list(subsets)
+        self.batch_pairs = batch_pairs
+        self.seed = seed
+        self.limit = None if captions_per_image == "all" else int(captions_per_image)
+        self.position = position or Position([0] * len(subsets), [0] * len(subsets))
+        # A subset is drawn an image at a time, so its chance is its share of pairs over its captions an image.
+        chances = np.array([s.weight / (self._pairs(s) / (s.stop - s.start)) for s in subsets])
+        self._bounds = np.cumsum(chances / chances.sum())
+        self._orders: dict[int, tuple[int, np.ndarray]] = {}
+
+    @property
+    def epoch_pairs(self) -> int:
+        """Pairs in one pass over all subsets."""
+        return sum(self._pairs(s) for s in self.subsets)
+
+    def next_update(self, pairs: int | None = None) -> list[Group]:
+        """The groups of the next update; `pairs` replaces `batch_pairs` for a shorter last one."""
+        wanted = pairs or self.batch_pairs
+        groups: list[Group] = []
+        at = self.position
+        while wanted:
+            subset = at.carrying if at.carried else self._draw()
+            epoch, cursor = at.epochs[subset], at.cursors[subset]
+            image = self.subsets[subset].start + int(self._order(subset, epoch)[cursor])
+            captions = self._captions(image, epoch)[at.carried :]
+            taken = captions[:wanted]
+            groups.append(Group(image, epoch, tuple(taken)))
+            wanted -= len(taken)
+            if len(taken) < len(captions):
+                at.carried, at.carrying = at.carried + len(taken), subset
+                continue
+            at.carried = 0
+            last = cursor + 1 == self.subsets[subset].stop - self.subsets[subset].start
+            at.epochs[subset], at.cursors[subset] = (epoch + 1, 0) if last else (epoch, cursor + 1)
+        return groups
+
+    def _draw(self) -> int:
+        if len(self.subsets) == 1:
+            return 0
+        number = sample_rng(self.seed, self.position.draws, "subset").random()
+        self.position.draws += 1
+        return min(int(np.searchsorted(self._bounds, number, side="right")), len(self.subsets) - 1)
+
+    def _pairs(self, subset: Subset) -> int:
+        return sum(min(n, self.limit or n) for n in self.captions_of[subset.start : subset.stop])
+
+    def _order(self, subset: int, epoch: int) -> np.ndarray:
+        if self._orders.get(subset, (-1,))[0] != epoch:
+            size = self.subsets[subset].stop - self.subsets[subset].start
+            self._orders[subset] = epoch, sample_rng(self.seed, epoch, f"order/{subset}").permutation(size)
+        return self._orders[subset][1]
+
+    def _captions(self, image: int, epoch: int) -> list[int]:
+        count = self.captions_of[image]
+        if self.limit is None or count <= self.limit:
+            return list(range(count))
+        chosen = sample_rng(self.seed, epoch, f"captions/{image}").choice(count, self.limit, replace=False)
+        return sorted(int(c) for c in chosen)
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One micro-batch.  `images` lists the groups whose encodings it needs; everything else indexes into the flattened rows.
+
+    ids (R, T) int64, positions (R, T) int64, mask (R, 1, T, T) bool, visual_slots (V,) and visual_source (V,) int64 (flat slot, flat
+    row of the prompts (groups x queries)), predict (P,) int64 flat positions whose next token is `labels` (P,) int64.
+    """
+
+    groups: list[Group]
+    ids: Tensor
+    positions: Tensor
+    mask: Tensor
+    visual_slots: Tensor
+    visual_source: Tensor
+    predict: Tensor
+    labels: Tensor
+
+    @property
+    def pair_count(self) -> int:
+        return sum(len(g.captions) for g in self.groups)
+
+    @property
+    def target_count(self) -> int:
+        return self.labels.numel()
+
+    def to(self, device: torch.device) -> PackedBatch:
+        moved = {
+            name: getattr(self, name).to(device, non_blocking=True)
+            for name in ("ids", "positions", "mask", "visual_slots", "visual_source", "predict", "labels")
+        }
+        return PackedBatch(self.groups, **moved)
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """A visual prefix and the captions that follow it in one row; a group that does not fit in one row becomes several."""
+
+    group: int
+    captions: tuple[int, ...]
+    length: int
+
+
+def pack_update(
+    groups: list[Group], data: CaptionData, queries: int, row_tokens: int, rows_per_batch: int, pad: int, fixed_shape: bool = False
+) -> list[PackedBatch]:
+    """Best-fit the groups of an update into rows of `row_tokens`, and the rows into micro-batches of `rows_per_batch`.
+
+    fixed_shape: every row has `row_tokens` slots (for captured graphs); otherwise rows are as long as the longest of their micro-batch.
+    Raises DataError when a visual prefix and one caption do not fit in a row.
+    """
+    segments = [s for index, group in enumerate(groups) for s in _segments(index, group, data, queries, row_tokens)]
+    row_of = pack_rows(np.array([s.length for s in segments]), row_tokens)
+    rows: list[list[_Segment]] = [[] for _ in range(int(row_of.max()) + 1)]
+    for segment, row in zip(segments, row_of, strict=True):
+        rows[int(row)].append(segment)
+    batches = []
+    for at in range(0, len(rows), rows_per_batch):
+        chosen = rows[at : at + rows_per_batch]
+        batches.append(_build(chosen, groups, data, queries, row_tokens if fixed_shape else None, pad))
+    return batches
+
+
+def _segments(index: int, group: Group, data: CaptionData, queries: int, row_tokens: int) -> list[_Segment]:
+    segments: list[_Segment] = []
+    captions: list[int] = []
+    length = queries
+    for caption in group.captions:
+        tokens = len(data.ids[group.image][caption])
+        if queries + tokens > row_tokens:
+            raise DataError(
+                f"data.row_tokens: expected at least {queries + tokens} ({queries} visual tokens and a caption of {tokens}), got {row_tokens}"
+            )
+        if length + tokens > row_tokens:
+            segments.append(_Segment(index, tuple(captions), length))
+            captions, length = [], queries
+        captions.append(caption)
+        length += tokens
+    return [*segments, _Segment(index, tuple(captions), length)]
+
+
+def _build(rows: list[list[_Segment]], groups: list[Group], data: CaptionData, queries: int, width: int | None, pad: int) -> PackedBatch:
+    width = width or max(sum(s.length for s in row) for row in rows)
+    used = sorted({s.group for row in rows for s in row})
+    place = {group: index for index, group in enumerate(used)}
+    ids = np.full((len(rows), width), pad, np.int64)
+    positions = np.zeros((len(rows), width), np.int64)
+    group_of = np.full((len(rows), width), -1, np.int64)
+    caption_of = np.zeros((len(rows), width), np.int64)  # 0 is the visual prefix
+    slots, sources, predict, labels = [], [], [], []
+    for row, segments in enumerate(rows):
+        at = 0
+        for number, segment in enumerate(segments):
+            group = groups[segment.group]
+            base = row * width
+            slots.append(base + np.arange(at, at + queries))
+            sources.append(place[segment.group] * queries + np.arange(queries))
+            group_of[row, at : at + segment.length] = number
+            positions[row, at : at + queries] = np.arange(queries)
+            last_visual = base + at + queries - 1
+            start = at + queries
+            for mark, caption in enumerate(segment.captions, 1):
+                tokens = data.ids[group.image][caption]
+                end = start + len(tokens)
+                ids[row, start:end] = tokens
+                positions[row, start:end] = queries + np.arange(len(tokens))
+                caption_of[row, start:end] = mark
+                # The last visual position predicts BOS, once for each caption; a caption's last token predicts nothing.
+                predict.append(np.concatenate([[last_visual], base + np.arange(start, end - 1)]))
+                labels.append(tokens)
+                start = end
+            at = start
+    order = np.arange(width)
+    same_group = group_of[:, :, None] == group_of[:, None, :]
+    visible = (caption_of[:, None, :] == 0) | (caption_of[:, :, None] == caption_of[:, None, :])
+    mask = same_group & visible & (order[:, None] >= order[None, :])
+    return PackedBatch(
+        groups=[groups[g] for g in used],
+        ids=torch.from_numpy(ids),
+        positions=torch.from_numpy(positions),
+        mask=torch.from_numpy(mask)[:, None],
+        visual_slots=torch.from_numpy(np.concatenate(slots)),
+        visual_source=torch.from_numpy(np.concatenate(sources)),
+        predict=torch.from_numpy(np.concatenate(predict)),
+        labels=torch.from_numpy(np.concatenate(labels).astype(np.int64)),
+    )

@@ -1,0 +1,236 @@
+"""The miniature world: rendered scenes of two coloured shapes, their captions and their questions, written as a user's own data would be.
+
+A scene is two objects (size, colour, shape) in a spatial relation on a background.  Every caption states all of it in one of many
+paraphrases, so a caption can be parsed back and judged attribute by attribute.  On disk it is COCO: JPEG files, a captions file and
+official-format VQA files for each split, and captions without images for training language models.
+
+    vpgtrans scenes OUT --train 6000 --source 6000 --val 500 --text 16000
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (214, 40, 40),
+    "green": (46, 150, 60),
+    "blue": (40, 80, 210),
+    "yellow": (240, 205, 40),
+    "purple": (130, 50, 160),
+    "orange": (245, 130, 30),
+    "cyan": (60, 200, 215),
+    "pink": (245, 130, 180),
+}
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+SIZES = ("small", "large")
+BACKGROUNDS: dict[str, tuple[int, int, int]] = {"white": (245, 245, 245), "black": (25, 25, 25), "grey": (135, 135, 135)}
+RELATIONS: dict[str, tuple[str, ...]] = {
+    "left": ("left of", "to the left of"),
+    "right": ("right of", "to the right of"),
+    "above": ("above", "on top of"),
+    "below": ("below", "under"),
+}
+OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
+
+_OBJECT = re.compile(rf"\b({'|'.join(SIZES)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})\b")
+_BACKGROUND = re.compile(rf"\bon (?:a )?({'|'.join(BACKGROUNDS)})\b")
+_RELATION = re.compile(r"\b(left of|right of|above|on top of|below|under)\b")
+_RELATION_OF = {"left of": "left", "right of": "right", "above": "above", "on top of": "above", "below": "below", "under": "below"}
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object of a scene, in canonical words."""
+
+    size: str
+    colour: str
+    shape: str
+
+
+@dataclass(frozen=True)
+class Scene:
+    """`first` is `relation` of `second`, e.g. first is left of second; on `background`."""
+
+    first: Thing
+    second: Thing
+    relation: str
+    background: str
+
+    def canonical(self) -> Scene:
+        """The same scene told from a fixed side, so that equal pictures compare equal."""
+        if self.relation in ("left", "above"):
+            return self
+        return Scene(self.second, self.first, OPPOSITE[self.relation], self.background)
+
+
+def random_scene(rng: np.random.Generator) -> Scene:
+    """A scene whose two objects differ in colour or shape, so that questions have one answer."""
+    while True:
+        first, second = (
+            Thing(_pick(rng, SIZES), _pick(rng, tuple(COLOURS)), _pick(rng, SHAPES)) for _ in range(2)
+        )
+        if (first.colour, first.shape) != (second.colour, second.shape):
+            break
+    return Scene(first, second, _pick(rng, tuple(RELATIONS)), _pick(rng, tuple(BACKGROUNDS)))
+
+
+def _pick(rng: np.random.Generator, options: tuple[str, ...]) -> str:
+    return options[int(rng.integers(len(options)))]
+
+
+def caption(scene: Scene, rng: np.random.Generator) -> str:
+    """One paraphrase that states every attribute of the scene."""
+    if rng.random() < 0.5:
+        scene = Scene(scene.second, scene.first, OPPOSITE[scene.relation], scene.background)
+    first, second = (f"a {t.size} {t.colour} {t.shape}" for t in (scene.first, scene.second))
+    relation, ground = _pick(rng, RELATIONS[scene.relation]), scene.background
+    return _pick(
+        rng,
+        (
+            f"{first} {relation} {second} on {ground}",
+            f"{first} is {relation} {second} on {ground}",
+            f"on {ground} {first} is {relation} {second}",
+            f"there is {first} {relation} {second} on a {ground} background",
+        ),
+    )
+
+
+def parse_caption(text: str) -> Scene | None:
+    """The scene that a caption states, canonical; None when it does not state exactly one scene."""
+    objects = [Thing(*found) for found in _OBJECT.findall(text)]
+    relations = _RELATION.findall(text)
+    grounds = _BACKGROUND.findall(text)
+    if len(objects) != 2 or len(relations) != 1 or len(grounds) != 1:
+        return None
+    return Scene(objects[0], objects[1], _RELATION_OF[relations[0]], grounds[0]).canonical()
+
+
+def attributes_right(candidate: str, references: list[str]) -> bool:
+    """Whether the caption states every attribute of the scene that its references describe.
+
+    Raises ValueError when no reference can be parsed, which means that the data are not miniature-world scenes.
+    """
+    for reference in references:
+        truth = parse_caption(reference)
+        if truth is not None:
+            return parse_caption(candidate) == truth
+    raise ValueError(f"references: expected miniature-world captions, got {references[:1]!r}; score attributes only on scenes")
+
+
+def questions(scene: Scene, rng: np.random.Generator, count: int = 3) -> list[tuple[str, str]]:
+    """Question-answer pairs with one right answer each, in official VQA wording (answers of one or two words)."""
+    a, b = scene.first, scene.second
+    found: list[tuple[str, str]] = [("what colour is the background?", scene.background)]
+    if a.shape != b.shape:
+        for thing in (a, b):
+            found.append((f"what colour is the {thing.shape}?", thing.colour))
+            found.append((f"what size is the {thing.shape}?", thing.size))
+        found.append((f"is the {a.shape} {RELATIONS[scene.relation][0]} the {b.shape}?", "yes"))
+        found.append((f"is the {b.shape} {RELATIONS[scene.relation][0]} the {a.shape}?", "no"))
+    if a.colour != b.colour:
+        for thing in (a, b):
+            found.append((f"what shape is the {thing.colour} object?", thing.shape))
+            found.append((f"what size is the {thing.colour} object?", thing.size))
+    order = rng.permutation(len(found))[:count]
+    return [found[int(i)] for i in order]
+
+
+def render(scene: Scene, rng: np.random.Generator, pixels: int = 64) -> Image.Image:
+    """An RGB picture of the scene, `pixels` square, with jittered places, sizes and colours and a little noise."""
+    scale = 3  # drawn three times larger and averaged down, so edges are smooth as in photographs
+    side = pixels * scale
+    ground = np.array(BACKGROUNDS[scene.background]) + rng.integers(-12, 13, 3)
+    canvas = Image.new("RGB", (side, side), _rgb(ground))
+    draw = ImageDraw.Draw(canvas)
+    near, far = rng.uniform(0.24, 0.30), rng.uniform(0.70, 0.76)
+    across = rng.uniform(0.32, 0.68, 2)
+    if scene.relation in ("left", "right"):
+        places = [(near, across[0]), (far, across[1])]
+    else:
+        places = [(across[0], near), (across[1], far)]
+    if scene.relation in ("right", "below"):
+        places.reverse()
+    for thing, (x, y) in zip((scene.first, scene.second), places, strict=True):
+        radius = side * (rng.uniform(0.095, 0.115) if thing.size == "small" else rng.uniform(0.185, 0.215))
+        colour = _rgb(np.array(COLOURS[thing.colour]) + rng.integers(-14, 15, 3))
+        _draw_shape(draw, thing.shape, x * side, y * side, radius, colour, _rgb(ground))
+    small = np.asarray(canvas.resize((pixels, pixels), Image.Resampling.BOX), dtype=np.int16)
+    noisy = small + rng.normal(0, 4, small.shape).astype(np.int16)
+    return Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8))
+
+
+def _rgb(values: np.ndarray) -> tuple[int, int, int]:
+    r, g, b = (int(v) for v in np.clip(values, 0, 255))
+    return r, g, b
+
+
+def _draw_shape(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, colour, ground) -> None:
+    box = (x - r, y - r, x + r, y + r)
+    if shape == "circle":
+        draw.ellipse(box, fill=colour)
+    elif shape == "ring":
+        draw.ellipse(box, fill=colour)
+        draw.ellipse((x - 0.55 * r, y - 0.55 * r, x + 0.55 * r, y + 0.55 * r), fill=ground)
+    elif shape == "square":
+        draw.rectangle((x - 0.88 * r, y - 0.88 * r, x + 0.88 * r, y + 0.88 * r), fill=colour)
+    elif shape == "cross":
+        draw.rectangle((x - r, y - 0.34 * r, x + r, y + 0.34 * r), fill=colour)
+        draw.rectangle((x - 0.34 * r, y - r, x + 0.34 * r, y + r), fill=colour)
+    else:
+        points, inner = (3, 1.0) if shape == "triangle" else (5, 0.42)
+        corners = []
+        for i in range(points * (1 if inner == 1.0 else 2)):
+            angle = -np.pi / 2 + i * 2 * np.pi / (points if inner == 1.0 else 2 * points)
+            reach = r if inner == 1.0 or i % 2 == 0 else inner * r
+            corners.append((x + reach * 1.08 * np.cos(angle), y + reach * 1.08 * np.sin(angle)))
+        draw.polygon(corners, fill=colour)
+
+
+def write_world(out: Path, *, train: int, source: int, val: int, text: int, pixels: int = 64, seed: int = 0) -> dict[str, int]:
+    """Write the world under `out`: `images/`, `captions_SPLIT.json`, `questions_SPLIT.json`, `answers_SPLIT.json`.
+
+    Splits: `source` trains the source model, `train` the target arms, `val` judges them; `text` holds captions and questions of
+    further scenes without images, the corpus of the language models.  The captions files are COCO's format, the questions official
+    VQA's with ten equal answers.  Returns the number of images (or text scenes) of each split.  Complete files only: JSON is written last.
+    """
+    (out / "images").mkdir(parents=True, exist_ok=True)
+    first_id = 1
+    counts = {"train": train, "source": source, "val": val, "text": text}
+    for index, (split, count) in enumerate(counts.items()):
+        rng = np.random.default_rng((seed, index))
+        _write_split(out, split, count, first_id, rng, pixels)
+        first_id += count
+    return counts
+
+
+def _write_split(out: Path, split: str, count: int, first_id: int, rng: np.random.Generator, pixels: int) -> None:
+    images, captions, asked, answered = [], [], [], []
+    for image_id in range(first_id, first_id + count):
+        scene = random_scene(rng)
+        name = f"scene_{image_id:06d}.jpg"
+        if split != "text":
+            render(scene, rng, pixels).save(out / "images" / name, quality=92)
+        images.append({"id": image_id, "file_name": name, "width": pixels, "height": pixels})
+        for _ in range(5):
+            captions.append({"id": len(captions) + 1, "image_id": image_id, "caption": caption(scene, rng)})
+        for question, answer in questions(scene, rng):
+            question_id = image_id * 10 + len(asked) % 10
+            asked.append({"question_id": question_id, "image_id": image_id, "question": question})
+            answers = [{"answer": answer, "answer_id": k + 1, "answer_confidence": "yes"} for k in range(10)]
+            answered.append({"question_id": question_id, "image_id": image_id, "multiple_choice_answer": answer, "answers": answers})
+    info = {"description": f"vpgtrans miniature world, {split} split"}
+    _dump(out / f"captions_{split}.json", {"info": info, "images": images, "annotations": captions})
+    _dump(out / f"questions_{split}.json", {"info": info, "questions": asked})
+    _dump(out / f"answers_{split}.json", {"info": info, "annotations": answered})
+
+
+def _dump(path: Path, value: object) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value))
+    temporary.replace(path)

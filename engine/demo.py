@@ -1,0 +1,228 @@
+"""`make demo`: the whole transfer and its baselines on the miniature world, as the commands a user would give, side by side.
+
+    world -> lm_source, lm_target, vision -> vpg -> source -> tfs, vpg_inherit, vpgtrans, vpgtrans_no_converter -> report
+
+Each job is one `vpgtrans` command in a process of its own.  Parts are kept under `artifacts/demo` with a hash of their recipe and of what
+they were made from, so a second run only repeats what changed; a killed one goes on where it was.  The arms are always run anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from .checkpoint import write_json
+from .recipe import Recipe, RecipeError, TransferRecipe, load_recipe
+from .report import print_table, write_report
+from .runlog import PLAIN_LINE_SECONDS, console, duration
+
+ARMS = ("tfs", "vpg_inherit", "vpgtrans", "vpgtrans_no_converter")
+
+
+@dataclass
+class Job:
+    """One command; `folder` is what it makes, `needs` the jobs before it, `kept` whether its result is reused when nothing changed."""
+
+    name: str
+    command: list[str]
+    folder: Path
+    needs: list[str]
+    kept: bool
+    total: int
+    unit: str
+    key: str = ""
+    process: subprocess.Popen | None = field(default=None, repr=False)
+    started: float = 0.0
+    seconds: float = 0.0
+
+
+def main(options: argparse.Namespace) -> int:
+    """Run what is missing, then report; exit code 0, 1 when a job failed (its log is named)."""
+    began = time.perf_counter()
+    jobs = _plan(Path(options.recipes), Path(options.out), options.seeds)
+    workers = options.jobs or min(4, os.cpu_count() or 1)
+    logs = Path(options.out) / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    reused = [job.name for job in jobs.values() if _is_done(job)]
+    if reused:
+        console.print(f"reused: {', '.join(reused)}")
+    failed = _run_all(jobs, set(reused), workers, logs)
+    if failed:
+        console.print(f"[red]failed:[/] {failed}; the end of {logs / (failed + '.log')}:")
+        console.print((logs / f"{failed}.log").read_text()[-3000:], markup=False)
+        return 1
+    runs = [job.folder for job in jobs.values() if not job.kept]
+    report = write_report(runs, Path(options.out) / "report.html", reference="tfs", title="VPGTrans on the miniature world")
+    arms = report["summary"]
+    seconds = {"total": time.perf_counter() - began, **{job.name: job.seconds for job in jobs.values()}}
+    best = {"speedup_pairs": arms["vpgtrans"]["speedup_pairs"], "speedup_seconds": arms["vpgtrans"]["speedup_seconds"]}
+    write_json(Path(options.out) / "summary.json", {**best, "headline": report["headline"], "arms": arms, "wall_seconds": seconds})
+    print_table(arms)
+    console.print(report["headline"])
+    console.print(f"{duration(time.perf_counter() - began)} in all; wrote {options.out}/summary.json and {options.out}/report.html")
+    return 0
+
+
+def _plan(recipes: Path, out: Path, seeds: int) -> dict[str, Job]:
+    """All jobs in an order in which each comes after its needs."""
+    vpgtrans = [sys.executable, "-m", "vpgtrans.engine.cli"]
+    settings_file = recipes / "world.yaml"
+    if not settings_file.is_file():
+        raise RecipeError(f"{settings_file}: expected the demo's recipes; run in the project's root, or give --recipes")
+    settings = yaml.safe_load(settings_file.read_text())
+    artifacts = (recipes / settings.pop("folder")).resolve()
+    world = [*vpgtrans, "scenes", str(artifacts / "world"), *(f"--{k}={v}" for k, v in settings.items())]
+    jobs = {"world": Job("world", world, artifacts / "world", [], True, 1, "")}
+    jobs["world"].key = _hash(json.dumps(settings, sort_keys=True))
+    parts = {"lm_target": ("lm", ["world"]), "lm_source": ("lm", ["world"]), "vision": ("vision", ["world"]), "vpg": ("vpg", ["vision"])}
+    for name, (part, needs) in parts.items():
+        recipe = load_recipe(recipes / f"{name}.yaml", check_files=False)
+        command = [*vpgtrans, "pretrain", part, str(recipes / f"{name}.yaml")]
+        jobs[name] = Job(name, command, recipe.output.folder, needs, True, recipe.schedule.steps, "steps", _key(recipe, jobs, needs))
+    recipe = load_recipe(recipes / "source.yaml", check_files=False)
+    jobs["source"] = Job(
+        "source", [*vpgtrans, "train", str(recipes / "source.yaml")], recipe.output.folder, ["vpg", "lm_source"], True, _pairs(recipe), "pairs",
+        _key(recipe, jobs, ["vpg", "lm_source"]),
+    )  # fmt: skip
+    for seed in range(seeds):
+        for arm in ARMS:
+            needs = ["vpg" if arm == "tfs" else "source", "lm_target"]
+            recipe = load_recipe(recipes / f"{arm}.yaml", check_files=False)
+            name = f"{arm}-{seed}" if seeds > 1 else arm
+            overrides = [f"seed={seed}", f"name={name}", f"output.folder={(out / name).absolute()}"]
+            command = [*vpgtrans, "train", str(recipes / f"{arm}.yaml"), *overrides]
+            jobs[name] = Job(name, command, out / name, needs, False, _pairs(recipe), "pairs")
+    return jobs
+
+
+def _pairs(recipe: TransferRecipe) -> int:
+    return sum(stage.pairs or 0 for stage in recipe.stages)
+
+
+def _key(recipe: Recipe, jobs: dict[str, Job], needs: list[str]) -> str:
+    return _hash(recipe.model_dump_json(), *(jobs[n].key for n in needs))
+
+
+def _hash(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _is_done(job: Job) -> bool:
+    stamp = job.folder / ".made-from"
+    return job.kept and stamp.is_file() and stamp.read_text() == job.key
+
+
+def _run_all(jobs: dict[str, Job], done: set[str], workers: int, logs: Path) -> str | None:
+    """Run jobs as their needs are met, `workers` at a time; the name of the first that fails, or None."""
+    waiting = [job for job in jobs.values() if job.name not in done]
+    running: list[Job] = []
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    board = _Board()
+    with board:
+        try:
+            while waiting or running:
+                for job in [j for j in waiting if len(running) < workers and all(n in done for n in j.needs)][: workers - len(running)]:
+                    _start(job, threads, logs)
+                    waiting.remove(job)
+                    running.append(job)
+                time.sleep(0.2)
+                for job in list(running):
+                    board.update(job)
+                    code = job.process.poll() if job.process else None
+                    if code is None:
+                        continue
+                    running.remove(job)
+                    if code != 0:
+                        return job.name
+                    if job.kept:
+                        (job.folder / ".made-from").write_text(job.key)
+                    done.add(job.name)
+                    job.seconds = time.monotonic() - job.started
+                    board.finish(job)
+        finally:
+            for job in running:
+                if job.process and job.process.poll() is None:
+                    job.process.terminate()
+                    job.process.wait()
+    return None
+
+
+def _start(job: Job, threads: int, logs: Path) -> None:
+    """Start a job; leftovers of an interrupted one are kept only when it was the same job, which then resumes."""
+    making = job.folder / ".making"
+    if job.folder.exists() and not (job.kept and making.is_file() and making.read_text() == job.key):
+        shutil.rmtree(job.folder)
+    job.folder.mkdir(parents=True, exist_ok=True)
+    making.write_text(job.key)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+    is_scenes = "scenes" in job.command
+    command = job.command if is_scenes else [*job.command, f"threads={threads}"]
+    with (logs / f"{job.name}.log").open("w") as log:
+        job.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, stdin=subprocess.DEVNULL)
+    job.started = time.monotonic()
+
+
+class _Board:
+    """Progress of all running jobs: a bar each on a terminal, otherwise a line each every ten seconds."""
+
+    def __init__(self) -> None:
+        columns = (TextColumn("{task.description:22}"), BarColumn(), TextColumn("{task.percentage:3.0f}%"), TextColumn("{task.fields[text]}"))
+        self.bars = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) if console.is_terminal else None
+        self.tasks: dict[str, TaskID] = {}
+        self.last_line = 0.0
+
+    def __enter__(self) -> _Board:
+        if self.bars:
+            self.bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bars:
+            self.bars.stop()
+
+    def update(self, job: Job) -> None:
+        event = _last_train_event(job.folder / "log.jsonl")
+        done = event.get("pairs" if job.unit == "pairs" else "step", 0)
+        text = f"loss {event['loss']:.3f}" if "loss" in event else "starting"
+        if "pairs_per_s" in event:
+            text += f"  {event['pairs_per_s']:.0f} pairs/s"
+        if self.bars:
+            if job.name not in self.tasks:
+                self.tasks[job.name] = self.bars.add_task(job.name, total=job.total, text="")
+            self.bars.update(self.tasks[job.name], completed=done, text=text)
+        elif time.monotonic() - self.last_line > PLAIN_LINE_SECONDS:
+            self.last_line = time.monotonic()
+            elapsed = time.monotonic() - job.started
+            to_go = f"  ETA {duration(elapsed * (job.total - done) / done)}" if done else ""
+            console.print(f"{job.name}: {done:,} of {job.total:,} {job.unit}  {text}{to_go}")
+
+    def finish(self, job: Job) -> None:
+        if self.bars and job.name in self.tasks:
+            self.bars.update(self.tasks[job.name], completed=job.total, text="done")
+        else:
+            console.print(f"{job.name}: done in {duration(time.monotonic() - job.started)}")
+
+
+def _last_train_event(path: Path) -> dict:
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+            lines = file.read().decode(errors="replace").splitlines()
+        for line in reversed(lines):
+            event = json.loads(line)
+            if event["event"] == "train":
+                event.setdefault("loss", sum(v for k, v in event.items() if k in ("contrastive", "matching", "captioning")))
+                return event
+    return {}

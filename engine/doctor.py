@@ -1,0 +1,150 @@
+"""`vpgtrans doctor`: what is installed, what was compiled, which implementation of each operation is live, and why."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+import warnings
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..kernels import row_packing
+
+REQUIRED = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "pillow",
+    "pydantic",
+    "sentencepiece",
+    "tensorboard",
+)
+
+# Distribution -> the module whose import proves it. apex: `apex.normalization` is in NVIDIA's package only; the
+# package index holds another project of that name.
+OPTIONAL = {
+    "flash-attn": "flash_attn",
+    "xformers": "xformers.ops",
+    "apex": "apex.normalization",
+    "liger-kernel": "liger_kernel.transformers",
+    "triton": "triton",
+    "ffcv": "ffcv",
+}
+
+# Operation of kernels/ -> its fast implementation, and why that cannot run here (None where it can).
+OPERATIONS = {
+    "row_packing": ("cpp", row_packing.row_packing_unsupported_reason),
+}
+
+
+def collect() -> dict[str, Any]:
+    """Everything `vpgtrans doctor` shows, as plain data that `json.dumps` takes.
+
+    Keys: `system`, `required` (distribution -> version, `None` where missing), `compiled` (`present`, `reason`, and
+    where present compiler, versions and functions), `optional` (name -> `version`, `importable`, `reason`),
+    `device`, `operations` (name -> `live`, `reason`).
+    """
+    return {
+        "system": {
+            "vpgtrans": _version("vpgtrans"),
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        },
+        "required": {name: _version(name) for name in REQUIRED},
+        "compiled": _compiled(),
+        "optional": {name: _optional(name, module) for name, module in OPTIONAL.items()},
+        "device": _device(),
+        "operations": {
+            name: {"live": "reference" if (reason := unsupported()) else fast, "reason": reason}
+            for name, (fast, unsupported) in OPERATIONS.items()
+        },
+    }
+
+
+def main(as_json: bool = False) -> None:
+    """Prints `collect()`, as JSON or as tables."""
+    found = collect()
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    console = Console()
+    device = found["device"]
+    _print_table(console, "System", [*found["system"].items(), *found["required"].items(), *device.items()])
+    compiled = [
+        (key, ", ".join(value) if key == "functions" else value)
+        for key, value in found["compiled"].items()
+        if value is not None
+    ]
+    _print_table(console, "Compiled module vpgtrans.kernels._C", compiled)
+    operations = [(name, row["live"], row["reason"] or "") for name, row in found["operations"].items()]
+    _print_table(console, "Operations", operations, ("operation", "live", "why not the fast one"))
+    optional = [
+        (name, row["version"] or "-", "yes" if row["importable"] else "no", row["reason"] or "")
+        for name, row in found["optional"].items()
+    ]
+    _print_table(console, "Optional packages", optional, ("package", "version", "importable", "why not"))
+
+
+def _print_table(console: Console, title: str, rows: Any, columns: tuple[str, ...] = ()) -> None:
+    table = Table(title=title, title_justify="left", show_header=bool(columns))
+    for column in columns or ("", ""):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*("missing" if cell is None else str(cell) for cell in row))
+    console.print(table)
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _compiled() -> dict[str, Any]:
+    try:
+        module = importlib.import_module("..kernels._C", __package__)
+    except ImportError as error:
+        return {"present": False, "reason": str(error)}
+    functions = sorted(name for name in vars(module) if not name.startswith("_"))
+    return {"present": True, "reason": None, "file": module.__file__, **module.build_info(), "functions": functions}
+
+
+def _optional(distribution: str, module: str) -> dict[str, Any]:
+    """Whether `module` imports. Any exception counts: a package built for another torch fails in many ways."""
+    reason = None
+    try:
+        # What a broken package prints belongs in the row that names it, not above the table.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            importlib.import_module(module)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        if isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]:
+            reason = "not installed"
+        elif distribution == "apex":
+            reason = f"not NVIDIA's apex, or one that does not load here ({reason})"
+    return {"version": _version(distribution), "importable": reason is None, "reason": reason}
+
+
+def _device() -> dict[str, Any]:
+    import torch
+
+    device: dict[str, Any] = {"torch CUDA": torch.version.cuda, "torch threads": torch.get_num_threads()}
+    if not torch.cuda.is_available():
+        return {"device": "cpu", **device}
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "device": f"{torch.cuda.device_count()} x {properties.name}",
+        "compute capability": f"{properties.major}.{properties.minor}",
+        "memory per device, GiB": round(properties.total_memory / 2**30, 1),
+        **device,
+    }

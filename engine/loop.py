@@ -1,0 +1,340 @@
+"""The hand-written loop of a transfer: data, model, then stage after stage of updates that each count an exact number of pairs.
+
+One update: deal out `batch_pairs` pairs -> pack them into rows -> forward and backward per micro-batch, each loss divided by the update's
+global target count -> sum over ranks -> clip -> finite check on the device -> AdamW.  Evaluation, checkpoints and logging between updates.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import outcome
+from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, trainable_tensors
+from .data.coco import read_captions, read_questions
+from .data.features import FeatureSource, open_features
+from .data.packing import CaptionData, Group, PackedBatch, Position, Subset, UpdateOrder, join, pack_update, tokenize
+from .diagnostics import Watch
+from .evaluation import Validator
+from .models.vision import VisionTower, load_tower
+from .models.vlm import VisionLanguageModel
+from .optim import build_adamw, clip_, learning_rate, set_learning_rate
+from .recipe import Stage, TransferRecipe, save_recipe
+from .runlog import RunLog, duration
+from .runtime import Runtime, start, stop
+from .transfer.initialise import Origins, build_model
+from .transfer.merge import norm_ratio, scale_
+
+
+class RunStopped(RuntimeError):
+    """The run cannot go on; its last checkpoint is intact."""
+
+
+@dataclass
+class Progress:
+    """What a checkpoint remembers besides tensors.  `pairs`, `step` and `seconds` run on over the stages."""
+
+    stage: int = 0
+    stage_pairs: int = 0
+    pairs: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    best: float | None = None
+    best_pairs: int = 0
+    stale_evals: int = 0
+    skipped: int = 0
+    stage_done: bool = False
+    position: dict[str, Any] | None = None
+    watch: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Run:
+    """Everything that the stages of one run share."""
+
+    recipe: TransferRecipe
+    runtime: Runtime
+    log: RunLog
+    model: VisionLanguageModel
+    origins: Origins
+    data: CaptionData
+    subsets: dict[str, tuple[Subset, float | None]]
+    features: FeatureSource
+    validator: Validator
+    watch: Watch
+    progress: Progress
+
+
+def run(recipe: TransferRecipe) -> dict[str, Any]:
+    """Train, score and save; returns the summary that is also written to `output.folder/summary.json`.
+
+    Raises DataError, ModelError, CheckpointError (before any training) and RunStopped (too many non-finite updates).
+    """
+    runtime = start(recipe.device, recipe.precision, recipe.threads, recipe.seed)
+    folder = recipe.output.folder
+    found, passed_over = latest_checkpoint(folder / "checkpoints")
+    progress = Progress(**_state(found)) if found else Progress()
+    log = RunLog(folder, enabled=runtime.is_main, tensorboard=recipe.output.tensorboard, resume_at=progress.step if found else None)
+    for line in passed_over:
+        log.warn("checkpoint_passed_over", line)
+    try:
+        if runtime.is_main:
+            save_recipe(recipe, folder / "recipe.yaml")
+        this = _prepare(recipe, runtime, log, progress)
+        if found:
+            log.say(f"resumed at update {progress.step:,} ({progress.pairs:,} pairs) from {found}")
+        else:
+            log.event("start", name=recipe.name, arm=recipe.arm, seed=recipe.seed, device=runtime.describe(), time=outcome.now())
+        for index in range(progress.stage, len(recipe.stages)):
+            resume = found if index == progress.stage and found else None
+            _train_stage(this, index, resume)
+        return outcome.finish(this)
+    finally:
+        log.close()
+        stop()
+
+
+def _state(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / "state.json").read_text())
+
+
+def _prepare(recipe: TransferRecipe, runtime: Runtime, log: RunLog, progress: Progress) -> Run:
+    tower = load_tower(recipe.vision)
+    model, origins = build_model(recipe, tower)
+    layout = recipe.data
+    sets, subsets, at = [], {}, 0
+    for entry in layout.train:
+        captions = read_captions(entry.captions, entry.images, name=entry.name, verify_images=layout.verify_images, limit=entry.limit)
+        outcome.report_refusals(log, recipe.output.folder, captions)
+        sets.append(tokenize(captions, model.llm, layout.max_text_tokens))
+        subsets[entry.name] = Subset(at, at + len(captions.records), entry.weight or 1.0), entry.weight
+        at += len(captions.records)
+    val = read_captions(
+        layout.val.captions, layout.val.images, name=f"{layout.val.name}-val", verify_images=layout.verify_images, limit=layout.val.limit
+    )
+    outcome.report_refusals(log, recipe.output.folder, val)
+    data, val_data = join(sets), tokenize(val, model.llm, layout.max_text_tokens)
+    model.to(runtime.device)
+    tower.to(runtime.device)
+    cache = (recipe.output.cache or recipe.output.folder.parent / "cache") if layout.vision_cache else None
+    common = {"seed": recipe.seed, "runtime": runtime, "cache_root": cache, "log": log}
+    features = open_features(data, tower, transform=layout.transform, views=layout.views, **common)
+    val_features = open_features(val_data, tower, transform="eval", **common)
+    questions = recipe.evaluation.questions
+    asked = read_questions(questions, recipe.evaluation.answers).records if questions else []
+    validator = Validator(val_data, val_features, recipe.evaluation, runtime, asked)
+    validator.pack(model, layout)
+    outcome.print_savings(log, recipe, model)
+    watch = Watch(log, **progress.watch)
+    _measure_converter(model, origins, val_features, watch, log, recipe)
+    return Run(recipe, runtime, log, model, origins, data, subsets, features, validator, watch, progress)
+
+
+@torch.no_grad()
+def _measure_converter(model: VisionLanguageModel, origins: Origins, features: FeatureSource, watch: Watch, log: RunLog, recipe: TransferRecipe) -> None:
+    """Print the converter's quality and the norms around it; scale the projector where the recipe asks for it."""
+    if origins.converter is None or origins.source_projector is None or origins.source_words is None:
+        return
+    model.eval()
+    visual = model.vpg(features([Group(i, 0, ()) for i in range(16)]))
+    source = origins.source_projector.to(visual.device)
+    before = norm_ratio(source(visual), origins.source_words)
+    after = norm_ratio(model.projector(visual), model.llm.word_embeddings())
+    if recipe.converter.match_prompt_norm:
+        scale_(model.projector, before / after)
+        log.say(f"converter: projector scaled by {before / after:.3f} so that soft prompts keep their norm relative to words")
+        after = before
+    log.say(outcome.converter_table(origins.converter, before, after))
+    log.event("converter", step=0, prompt_norm_before=before, prompt_norm_after=after, **origins.converter.to_dict())
+    watch.converter(origins.converter, before, after)
+    origins.source_projector = origins.source_words = None
+
+
+def _train_stage(this: Run, index: int, checkpoint: Path | None) -> None:
+    recipe, stage, progress, log = this.recipe, this.recipe.stages[index], this.progress, this.log
+    this.model.freeze_for(stage.trains, stage.frozen_dropout)
+    tensors = trainable_tensors(this.model)
+    optimizer = build_adamw(tensors.items(), stage.optimizer, this.runtime.device)
+    if checkpoint:
+        load_checkpoint(checkpoint, _trained_so_far(this, index), optimizer)
+        if progress.stage_done:
+            progress.stage, progress.stage_done = index + 1, False
+            return
+    else:
+        progress.stage, progress.stage_pairs, progress.position, progress.best, progress.stale_evals = index, 0, None, None, 0
+    order = _order(this, stage)
+    total = stage.pairs or round(stage.epochs * order.epoch_pairs)
+    log.say(outcome.freeze_table(this.model, this.origins, stage, order, total, recipe.stages))
+    if not checkpoint:
+        trainable = sum(p.numel() for p in tensors.values())
+        log.event("stage", stage=stage.name, index=index, step=progress.step, pairs=progress.pairs, trainable_parameters=trainable, stage_pairs=total)
+        if index == 0:
+            _evaluate(this, index, stage)
+    _loop(this, index, stage, order, optimizer, tensors, total)
+    log.end_progress()
+    progress.stage_done = True
+    _save(this, order, optimizer)
+    progress.stage, progress.stage_done = index + 1, False
+
+
+def _order(this: Run, stage: Stage) -> UpdateOrder:
+    chosen = [this.subsets[name] for name in stage.data or this.subsets]
+    subsets = [s for s, _ in chosen]
+    if all(weight is None for _, weight in chosen):
+        subsets = _contiguous(subsets)
+    position = Position(**this.progress.position) if this.progress.position else None
+    captions_of = [len(ids) for ids in this.data.ids]
+    return UpdateOrder(captions_of, subsets, stage.batch_pairs, this.recipe.seed, this.recipe.data.captions_per_image, position)
+
+
+def _contiguous(subsets: list[Subset]) -> list[Subset]:
+    """Neighbouring sets without weights are one set with one order; others are drawn in proportion to their size."""
+    merged = [subsets[0]]
+    for subset in subsets[1:]:
+        if subset.start == merged[-1].stop:
+            merged[-1] = Subset(merged[-1].start, subset.stop)
+        else:
+            merged.append(subset)
+    return [Subset(s.start, s.stop, s.stop - s.start) for s in merged]
+
+
+def _loop(this: Run, index: int, stage: Stage, order: UpdateOrder, optimizer, tensors: dict[str, Tensor], total: int) -> None:
+    recipe, progress, runtime = this.recipe, this.progress, this.runtime
+    parameters = list(tensors.values())
+    losses = torch.zeros(2, dtype=torch.float64, device=runtime.device)  # sum over the updates since the last log, and their number
+    skipped_in_a_row = torch.zeros((), device=runtime.device)
+    next_eval = _next(progress.stage_pairs, stage.eval_every_pairs)
+    next_save = _next(progress.stage_pairs, recipe.output.checkpoint_every_pairs)
+    started = time.perf_counter()
+    while progress.stage_pairs < total:
+        groups = order.next_update(min(stage.batch_pairs, total - progress.stage_pairs))
+        batches = pack_update(
+            groups, this.data, this.model.queries, recipe.data.row_tokens, recipe.data.rows_per_micro_batch, this.model.llm.special.pad,
+            fixed_shape=runtime.device.type == "cuda",
+        )  # fmt: skip
+        rate = learning_rate(
+            progress.stage_pairs, total, stage.learning_rate, schedule=stage.schedule, minimum=stage.min_learning_rate,
+            warmup=stage.warmup_pairs, warmup_start=stage.warmup_learning_rate,
+        )  # fmt: skip
+        set_learning_rate(optimizer, rate)
+        loss = _accumulate(this, batches, parameters)
+        norm = clip_(parameters, stage.optimizer.clip_norm)
+        bad = 1.0 - torch.isfinite(norm + loss).float()
+        optimizer.found_inf, optimizer.grad_scale = bad, None  # a fused AdamW leaves everything as it is where this is 1
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        skipped_in_a_row = (skipped_in_a_row + 1) * bad
+        losses += torch.stack([torch.nan_to_num(loss.double(), 0.0, 0.0, 0.0) * (1 - bad), 1 - bad.double()])
+        pairs = sum(len(g.captions) for g in groups)
+        progress.stage_pairs += pairs
+        progress.pairs += pairs
+        progress.step += 1
+        is_last = progress.stage_pairs >= total
+        if is_last or progress.step % recipe.output.log_every_updates == 0:  # the only place that waits for the device
+            progress.seconds += time.perf_counter() - started
+            started = time.perf_counter()
+            _log_train(this, index, stage, losses, norm, skipped_in_a_row, rate, total)
+        if is_last or progress.stage_pairs >= next_eval:
+            progress.seconds += time.perf_counter() - started
+            enough = _evaluate(this, index, stage)
+            next_eval = _next(progress.stage_pairs, stage.eval_every_pairs)
+            started = time.perf_counter()
+            if enough:
+                this.log.say(f"{stage.name}: {stage.patience} evaluations without a better {recipe.evaluation.select}; the stage ends here")
+                break
+        if not is_last and progress.stage_pairs >= next_save:
+            progress.seconds += time.perf_counter() - started
+            _save(this, order, optimizer)
+            next_save = _next(progress.stage_pairs, recipe.output.checkpoint_every_pairs)
+            started = time.perf_counter()
+
+
+def _accumulate(this: Run, batches: list[PackedBatch], parameters: list[Tensor]) -> Tensor:
+    """Gradients of the token mean over the whole update; returns that mean.  Every rank plans the same update and computes its share."""
+    targets = sum(b.target_count for b in batches)
+    total = torch.zeros((), device=this.runtime.device)
+    for batch in batches[this.runtime.rank :: this.runtime.world_size]:
+        features = this.features(batch.groups)
+        with this.runtime.autocast():
+            loss = this.model.loss_sum(features, batch.to(this.runtime.device)) / targets
+        loss.backward()
+        total += loss.detach()
+    if this.runtime.world_size > 1:
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            this.runtime.sum_(parameter.grad)
+        this.runtime.sum_(total)
+    return total
+
+
+def _log_train(this: Run, index: int, stage: Stage, losses: Tensor, norm: Tensor, skipped_in_a_row: Tensor, rate: float, total: int) -> None:
+    progress, log = this.progress, this.log
+    loss_sum, counted, skipped, grad_norm = (*losses.tolist(), skipped_in_a_row.item(), norm.item())
+    losses.zero_()
+    updates = this.recipe.output.log_every_updates
+    if counted < updates and skipped:
+        progress.skipped += int(skipped)
+        log.warn("update_skipped", f"non-finite loss or gradient; {progress.skipped} updates skipped so far", step=progress.step, value=skipped)
+    if skipped >= this.recipe.output.max_skipped_updates:
+        raise RunStopped(f"{int(skipped)} updates in a row were not finite, the last at update {progress.step}; lower the learning rate, or use precision=fp32")
+    loss = loss_sum / max(counted, 1)
+    speed = progress.pairs / max(progress.seconds, 1e-9)
+    hours = progress.seconds * this.runtime.world_size / 3600
+    log.event(
+        "train", stage=stage.name, step=progress.step, pairs=progress.pairs, seconds=progress.seconds, loss=loss, learning_rate=rate,
+        grad_norm=grad_norm, pairs_per_s=speed, gpu_hours=hours,
+    )  # fmt: skip
+    to_go = (total - progress.stage_pairs) / max(speed, 1e-9)
+    log.progress(
+        f"{this.recipe.arm} {stage.name}", progress.stage_pairs, total,
+        f"{progress.pairs:,} pairs  {speed:.0f} pairs/s  loss {loss:.3f}  ETA {duration(to_go)}  {hours:.3f} device-hours",
+    )  # fmt: skip
+    this.watch.train_loss(index, loss, progress.step, rate)
+
+
+def _evaluate(this: Run, index: int, stage: Stage) -> bool:
+    """Score, log, keep the best; True when the stage's patience is used up."""
+    progress, settings = this.progress, this.recipe.evaluation
+    scores: dict[str, float] = {"val_loss": this.validator.loss(this.model)}
+    every = settings.generate_every_pairs
+    if settings.generate_images and every and (progress.pairs == 0 or progress.pairs // every > (progress.pairs - stage.batch_pairs) // every):
+        scores.update(this.validator.captions(this.model)[0])
+    this.log.event("eval", stage=stage.name, step=progress.step, pairs=progress.pairs, seconds=progress.seconds, **scores)
+    this.watch.validation_loss(index, scores["val_loss"], progress.step)
+    if settings.select in scores:
+        score = scores[settings.select] if settings.select == "val_loss" else -scores[settings.select]
+        if progress.best is None or score < progress.best:
+            progress.best, progress.best_pairs, progress.stale_evals = score, progress.pairs, 0
+            outcome.save_model(this, "best")
+        else:
+            progress.stale_evals += 1
+    return stage.patience is not None and progress.stale_evals >= stage.patience
+
+
+def _save(this: Run, order: UpdateOrder, optimizer) -> None:
+    this.progress.position = asdict(order.position)
+    watch = this.watch
+    this.progress.watch = {
+        "first_loss": watch.first_loss, "warm_up_end": watch.warm_up_end, "diverged": watch.diverged, "regressed": watch.regressed
+    }  # fmt: skip
+    if this.runtime.is_main:
+        folder, keep = this.recipe.output.folder / "checkpoints", this.recipe.output.keep_checkpoints
+        save_checkpoint(folder, this.progress.step, _trained_so_far(this, this.progress.stage), optimizer, asdict(this.progress), keep)
+
+
+def _trained_so_far(this: Run, index: int) -> dict[str, Tensor]:
+    """Every tensor that this stage or an earlier one trains: what cannot be had from the inputs again."""
+    with_vpg = any(s.trains == "vpg_and_projector" for s in this.recipe.stages[: index + 1])
+    return {k: p for k, p in this.model.named_parameters() if k.startswith("projector.") or (with_vpg and k.startswith("vpg."))}
+
+
+def _next(done: int, every: int | None) -> float:
+    """The next multiple of `every` after `done`; never without an `every`."""
+    return (done // every + 1) * every if every else float("inf")

@@ -1,0 +1,179 @@
+"""What a run shows and leaves: start-up tables, the saved model, scores, samples, and the summary."""
+
+from __future__ import annotations
+
+import datetime
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.table import Table
+from torch import nn
+
+from .checkpoint import write_json
+from .data.coco import CaptionSet
+from .data.packing import UpdateOrder
+from .models.vlm import VisionLanguageModel
+from .models.vpg import load_vpg, save_parts
+from .recipe import Stage, TransferRecipe
+from .runlog import RunLog, duration
+from .transfer.converter import ConverterReport
+from .transfer.initialise import Origins, load_projector
+
+if TYPE_CHECKING:
+    from .loop import Run
+
+
+def now() -> str:
+    """UTC, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def freeze_table(model: VisionLanguageModel, origins: Origins, stage: Stage, order: UpdateOrder, pairs: int, stages: list[Stage]) -> Table:
+    """What trains and what is frozen in a stage, how many parameters, and where each part came from."""
+    updates = -(-pairs // stage.batch_pairs)
+    number = [s.name for s in stages].index(stage.name) + 1
+    epochs = pairs / order.epoch_pairs
+    table = Table(
+        title=f"stage {number} of {len(stages)}, {stage.name}: {pairs:,} pairs ({epochs:.2f} epochs) in {updates:,} updates of {stage.batch_pairs:,}, "
+        f"rate {stage.learning_rate:g} {stage.schedule}",
+        title_justify="left",
+    )
+    for column in ("part", "parameters", "trains", "mode", "from"):
+        table.add_column(column, justify="right" if column == "parameters" else "left")
+    earlier = number > 1
+    vpg_trained = earlier and any(s.trains == "vpg_and_projector" for s in stages[: number - 1])
+    rows: list[tuple[str, Any, str]] = [
+        ("ln_vision", model.vpg.ln_vision, origins.vpg),
+        ("query tokens", model.vpg.query_tokens, origins.vpg),
+        ("Q-Former", model.vpg.qformer, origins.vpg),
+        ("projector", model.projector, origins.projector),
+        ("language model", model.llm, origins.llm),
+    ]
+    for name, part, origin in rows:
+        parameters = [part] if isinstance(part, nn.Parameter) else list(part.parameters())
+        trains = any(p.requires_grad for p in parameters)
+        mode = "train" if isinstance(part, nn.Parameter) or part.training else "eval"
+        if earlier and (name == "projector" or (vpg_trained and name != "language model")):
+            origin = "the stage before"
+        table.add_row(name, f"{sum(p.numel() for p in parameters):,}", "yes" if trains else "frozen", mode, origin)
+    table.add_row("vision tower", "", "frozen", "eval", origins.tower)
+    total = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    table.add_row("trainable in all", f"{total:,}", "", "", "", style="bold")
+    return table
+
+
+def converter_table(report: ConverterReport, before: float | None = None, after: float | None = None) -> Table:
+    """Quality of a word converter on tokens that it has not seen."""
+    table = Table(title=f"word converter ({report.method})", title_justify="left", show_header=False)
+    table.add_row("shared tokens", f"{report.shared_tokens:,} ({report.held_out_tokens:,} held out)")
+    table.add_row("cosine, held out (fitted)", f"{report.cosine:.3f} ({report.cosine_fitted:.3f})")
+    table.add_row("nearest neighbour right", f"{report.nearest:.1%}")
+    table.add_row("norm of converted over true", f"{report.norm_ratio:.2f}")
+    if report.ridge is not None:
+        table.add_row("ridge chosen", f"{report.ridge:g}")
+    if before is not None and after is not None:
+        table.add_row("norm of soft prompts over words, source", f"{before:.2f}")
+        table.add_row("norm of soft prompts over words, merged", f"{after:.2f}")
+    return table
+
+
+def print_savings(log: RunLog, recipe: TransferRecipe, model: VisionLanguageModel) -> None:
+    """The start-up table of savings: on or off, exact or not, why."""
+    data = recipe.data
+    grouped = data.captions_per_image != 1
+    dropout = model.vpg.config.dropout
+    cached = data.vision_cache
+    augmented = data.transform == "train"
+    rows = [
+        ("one image, one encoding", grouped, dropout == 0 and not augmented, f"captions_per_image={data.captions_per_image}; dropout and view are shared by the group"),
+        ("shared visual prefix", grouped, True, "one prefix a group; each caption sees it and itself"),
+        ("no padding", True, True, f"rows of {data.row_tokens} tokens, best fit"),
+        ("only supervised positions reach the head", True, True, "always on"),
+        ("vision cache", cached, not augmented, f"{data.views} stored view(s)" if cached else "data.vision_cache is off"),
+    ]
+    table = Table(title="savings", title_justify="left")
+    for column in ("saving", "on", "exact", "why"):
+        table.add_column(column)
+    for name, on, exact, why in rows:
+        table.add_row(name, "on" if on else "off", ("yes" if exact else "no") if on else "-", why)
+    log.say(table)
+
+
+def report_refusals(log: RunLog, folder: Path, captions: CaptionSet) -> None:
+    """One line, and `refused-NAME.json` where anything was refused."""
+    log.say(f"{captions.name}: {len(captions.records):,} images, {captions.caption_count:,} captions; {captions.refused.summary()}")
+    if captions.refused.named and log.enabled:
+        captions.refused.write_json(folder / f"refused-{captions.name}.json")
+
+
+def save_model(this: Run, name: str) -> Path:
+    """Write VPG and projector with their config to `output.folder/name`, which other runs can take as `source.vlm`."""
+    folder = this.recipe.output.folder / name
+    if this.runtime.is_main:
+        vpg = this.model.vpg
+        config = {
+            "recipe": this.recipe.name,
+            "image_width": vpg.image_width,
+            "qformer": vpg.config.model_dump(),
+            "llm": this.recipe.target.llm,
+            "vision": this.recipe.vision.model_dump(mode="json"),
+            "pairs": this.progress.pairs,
+        }
+        save_parts(folder, {"vpg": vpg, "projector": this.model.projector}, config)
+    return folder
+
+
+def finish(this: Run) -> dict[str, Any]:
+    """Keep the selected model, score it, write captions, samples and the summary, and name the files."""
+    recipe, progress, log, folder = this.recipe, this.progress, this.log, this.recipe.output.folder
+    final_loss = this.validator.loss(this.model)
+    last = save_model(this, "last")
+    best = folder / "best" if (folder / "best").is_dir() else last
+    if this.runtime.is_main:
+        shutil.rmtree(folder / "model", ignore_errors=True)
+        shutil.copytree(best, folder / "model")
+    _load_into(this.model, folder / "model", this.runtime.device)
+    scores: dict[str, float] = {}
+    if recipe.evaluation.generate_images:
+        scores, captions = this.validator.captions(this.model)
+        this.watch.captions(scores["distinct_captions"], progress.step)
+        answer_scores, answers = this.validator.answers(this.model)
+        scores.update(answer_scores)
+        if this.runtime.is_main:
+            write_json(folder / "captions.json", captions)
+            write_json(folder / "answers.json", answers)
+            write_json(folder / "samples.json", _samples(this, captions))
+    summary = {
+        "name": recipe.name, "arm": recipe.arm, "seed": recipe.seed, "device": this.runtime.describe(), "time": now(),
+        "best_val_loss": this.validator.loss(this.model), "best_val_pairs": progress.best_pairs, "final_val_loss": final_loss,
+        "selected_by": recipe.evaluation.select, "pairs": progress.pairs, "updates": progress.step, "seconds": progress.seconds,
+        "gpu_hours": progress.seconds * this.runtime.world_size / 3600, "skipped_updates": progress.skipped,
+        "stages": [s.name for s in recipe.stages], **scores,
+        "generation": recipe.evaluation.generate.model_dump(),
+        "versions": {name: version(name) for name in ("torch", "transformers", "vpgtrans")},
+    }  # fmt: skip
+    log.event("end", step=progress.step, pairs=progress.pairs, seconds=progress.seconds, final_val_loss=final_loss, **scores)
+    if this.runtime.is_main:
+        write_json(folder / "summary.json", summary)
+    shown = "  ".join(f"{k} {v:.3f}" for k, v in scores.items())
+    log.say(f"{recipe.name}: validation loss {final_loss:.4f} (best {summary['best_val_loss']:.4f} at {progress.best_pairs:,} pairs)  {shown}")
+    log.say(f"{progress.pairs:,} pairs in {duration(progress.seconds)}; wrote {folder}/model, summary.json, log.jsonl, captions.json, samples.json")
+    return summary
+
+
+def _load_into(model: VisionLanguageModel, folder: Path, device: torch.device) -> None:
+    vpg = load_vpg(folder, model.vpg.image_width)
+    model.vpg.load_state_dict(vpg.state_dict())
+    model.projector.load_state_dict(load_projector(folder, vpg.config.hidden_size).state_dict())
+    model.to(device)
+
+
+def _samples(this: Run, captions: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    texts = {c["image_id"]: c["caption"] for c in captions}
+    records = [r for r in this.validator.data.records if r.image_id in texts][: this.recipe.evaluation.samples]
+    return [
+        {"image_id": r.image_id, "file": str(r.path.resolve()), "references": r.captions, "caption": texts[r.image_id]} for r in records
+    ]

@@ -1,0 +1,509 @@
+"""Recipes: typed, closed, and checked before anything heavy is imported.
+
+A recipe is one YAML file; `section.key=value` on the command line overrides it (list items by index: `stages.0.learning_rate=1e-4`).
+Relative paths in a file are relative to that file, those of an override to the working directory, so a recipe runs from anywhere.
+`kind` says what the recipe makes: `transfer` (a vision-language model, the default) or one of the parts, `lm`, `vision` and `vpg`.
+This module imports neither torch nor transformers, so that a mistake is reported in well under a second.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Rate = Annotated[float, Field(gt=0.0)]
+
+
+class _FromFile(str):
+    """A string of a recipe file, which remembers the folder that relative paths start from."""
+
+    folder: Path
+
+
+def _resolve(value: Any) -> Any:
+    return Path(os.path.normpath(value.folder / value)) if isinstance(value, _FromFile) else value
+
+
+def _resolve_or_hub(value: Any) -> Any:
+    """A path when it is written as one (`./`, `../`, `/`), otherwise a hub id."""
+    return str(_resolve(value)) if isinstance(value, _FromFile) and value.startswith((".", "/")) else value
+
+
+RecipePath = Annotated[Path, BeforeValidator(_resolve)]
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be used; the command line prints the message and exits with code 2."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Optimizer(_Section):
+    """AdamW as in the reference: no decay on parameters with fewer than two dimensions (REFERENCE.md section 6)."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: Rate = 1e-8
+    weight_decay: float = Field(0.05, ge=0.0)
+    clip_norm: float | None = Field(None, gt=0.0, description="global gradient-norm limit; the reference has none")
+
+
+class ImageData(_Section):
+    """One captioned data set in COCO format."""
+
+    name: str = Field("train", pattern=r"^[A-Za-z0-9_.-]+$")
+    captions: RecipePath
+    images: RecipePath
+    weight: float | None = Field(None, gt=0.0, description="share of pairs when sets are mixed; none: sets are joined and each image comes once an epoch")
+    limit: Positive | None = Field(None, description="use only the first N images")
+
+
+class TransferData(_Section):
+    train: list[ImageData] = Field(min_length=1)
+    val: ImageData
+    captions_per_image: Literal["all"] | Positive = "all"
+    max_text_tokens: Positive = Field(32, description="BOS included (REFERENCE.md section 4)")
+    row_tokens: Positive = Field(512, description="token budget of one packed row")
+    rows_per_micro_batch: Positive = 8
+    transform: Literal["train", "eval"] = "train"
+    views: Positive = Field(1, description="stored augmented views an image when the vision cache is on and transform is 'train'")
+    vision_cache: bool = Field(False, description="compute the frozen tower once an image (and view) and memory-map its outputs")
+    verify_images: Literal["none", "header", "full"] = "header"
+
+
+class Vision(_Section):
+    kind: Literal["eva_vit", "mobilenet_v2"]
+    path: RecipePath
+    image_size: Positive = 224
+
+
+class QFormerConfig(_Section):
+    """Used when there is no source to inherit from; an inherited Q-Former brings its own."""
+
+    hidden_size: Positive = 768
+    num_hidden_layers: Positive = 12
+    num_attention_heads: Positive = 12
+    intermediate_size: Positive = 3072
+    cross_attention_frequency: Positive = 2
+    num_query_tokens: Positive = 32
+    dropout: Fraction = Field(0.1, description="hidden and attention dropout while the Q-Former trains")
+    layer_norm_eps: Rate = 1e-12
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> QFormerConfig:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"num_attention_heads: expected a divisor of hidden_size {self.hidden_size}, got {self.num_attention_heads}")
+        return self
+
+
+class Target(_Section):
+    llm: Annotated[str, BeforeValidator(_resolve_or_hub)] = Field(description="folder or hub id of a decoder-only language model")
+
+
+class Source(_Section):
+    """`vlm`: a finished run (or its checkpoint) to inherit from.  `vpg`: an image-text pre-trained VPG, where TFS starts."""
+
+    vlm: RecipePath | None = None
+    vpg: RecipePath | None = None
+
+
+class Converter(_Section):
+    """The word converter (REFERENCE.md section 2): `ridge` closed form, `sgd_cosine` as in the paper, `identity` where embeddings agree."""
+
+    method: Literal["ridge", "sgd_cosine"] = "ridge"
+    held_out: Fraction = Field(0.1, description="share of the shared tokens kept for choosing the ridge and judging the converter")
+    ridges: list[Rate] = Field(default_factory=lambda: [10.0**k for k in range(-6, 4)])
+    sgd_learning_rate: Rate = 5.0
+    sgd_steps: Positive = 2000
+    sgd_batch_tokens: Positive = 4096
+    match_prompt_norm: bool = Field(False, description="scale the merged projector so that soft prompts keep their norm relative to words")
+
+
+class Stage(_Section):
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
+    trains: Literal["projector", "vpg_and_projector"]
+    data: list[str] | None = Field(None, description="names of the training sets of this stage; default: all")
+    learning_rate: Rate
+    schedule: Literal["constant", "cosine"] = "constant"
+    min_learning_rate: float = Field(0.0, ge=0.0)
+    warmup_pairs: NonNegative = 0
+    warmup_learning_rate: float = Field(1e-6, ge=0.0, description="rate at which a warm-up starts")
+    epochs: float | None = Field(None, gt=0.0)
+    pairs: Positive | None = None
+    batch_pairs: Positive = Field(1728, description="pairs in one update, over all ranks and micro-batches")
+    frozen_dropout: bool = Field(False, description="the reference runs frozen parts with dropout on; off allows their outputs to be reused")
+    optimizer: Optimizer = Optimizer()
+    eval_every_pairs: Positive | None = None
+    patience: Positive | None = Field(None, description="end the stage after this many evaluations without a better validation score")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Stage:
+        if (self.epochs is None) == (self.pairs is None):
+            raise ValueError("epochs, pairs: expected exactly one of the two")
+        return self
+
+
+class Initialise(_Section):
+    """Where the parts that will train come from; the five arms of the paper are choices of these two and of the stages."""
+
+    vpg: Literal["vlm", "vpg", "random"] = "vlm"
+    projector: Literal["converter", "vlm", "random"] = "converter"
+
+
+class Generation(_Section):
+    """Defaults are the reference's for captions (REFERENCE.md section 7)."""
+
+    num_beams: Positive = 5
+    max_new_tokens: Positive = 30
+    min_new_tokens: NonNegative = 8
+    length_penalty: float = 1.0
+
+
+class Evaluation(_Section):
+    batch_images: Positive = 32
+    generate: Generation = Generation()
+    generate_images: NonNegative = Field(200, description="validation images captioned and scored at the end; 0 for none")
+    generate_every_pairs: Positive | None = Field(None, description="also score captions during training, for score curves")
+    questions: RecipePath | None = Field(None, description="official VQA questions of the validation images")
+    answers: RecipePath | None = None
+    attributes: bool = Field(False, description="miniature world only: share of captions with every attribute right")
+    select: Literal["val_loss", "cider"] = Field("val_loss", description="score by which the best checkpoint is kept")
+    samples: NonNegative = 12
+
+    @model_validator(mode="after")
+    def _both_files(self) -> Evaluation:
+        if (self.questions is None) != (self.answers is None):
+            raise ValueError("questions, answers: expected both or neither")
+        return self
+
+
+class Output(_Section):
+    folder: RecipePath
+    checkpoint_every_pairs: Positive | None = None
+    keep_checkpoints: Positive = 2
+    log_every_updates: Positive = 10
+    max_skipped_updates: Positive = Field(5, description="stop after this many non-finite updates in a row")
+    tensorboard: bool = True
+    cache: RecipePath | None = Field(None, description="vision caches, keyed by content; default: `cache` beside output.folder")
+
+
+class _Recipe(_Section):
+    name: str
+    inputs_from: str | None = Field(None, description="the command that makes the input files; named when one is missing")
+    seed: NonNegative = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on a GPU, fp32 on the CPU")
+    threads: Positive | None = Field(None, description="CPU threads of a process; default: torch's")
+    output: Output
+
+
+class TransferRecipe(_Recipe):
+    kind: Literal["transfer"] = "transfer"
+    arm: str = Field("vpgtrans", description="label by which a report groups runs")
+    source: Source = Source()
+    target: Target
+    vision: Vision
+    qformer: QFormerConfig | None = None
+    initialise: Initialise = Initialise()
+    converter: Converter = Converter()
+    data: TransferData
+    stages: list[Stage] = Field(min_length=1)
+    evaluation: Evaluation = Evaluation()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TransferRecipe:
+        needs_vlm = "vlm" in (self.initialise.vpg, self.initialise.projector) or self.initialise.projector == "converter"
+        if needs_vlm and self.source.vlm is None:
+            raise ValueError("source.vlm: expected the run to inherit from, because initialise asks for it; got nothing")
+        if self.initialise.vpg == "vpg" and self.source.vpg is None:
+            raise ValueError("source.vpg: expected a pre-trained VPG, because initialise.vpg is 'vpg'; got nothing")
+        if self.initialise.vpg == "random" and self.qformer is None:
+            raise ValueError("qformer: expected its sizes, because initialise.vpg is 'random'; got nothing")
+        if len({s.name for s in self.stages}) != len(self.stages):
+            raise ValueError("stages: expected distinct names")
+        names = [s.name for s in self.data.train]
+        if len(set(names)) != len(names):
+            raise ValueError(f"data.train: expected distinct names, got {names}")
+        for index, stage in enumerate(self.stages):
+            if unknown := [n for n in stage.data or [] if n not in names]:
+                raise ValueError(f"stages.{index}.data: expected names of data.train ({', '.join(names)}), got {unknown[0]!r}")
+            chosen = [s.weight for s in self.data.train if s.name in (stage.data or names)]
+            if any(chosen) and not all(chosen):
+                raise ValueError(f"stages.{index}: expected a weight for all of its training sets or for none")
+            if any(chosen) and stage.pairs is None:
+                raise ValueError(f"stages.{index}.epochs: weighted sets have no common epoch; give the length in pairs")
+        if self.data.vision_cache and self.data.transform == "train" and "views" not in self.data.model_fields_set:
+            raise ValueError(
+                "data.vision_cache, data.transform: a cache of randomly transformed images needs data.views (stored views an image); "
+                "set data.views, or data.transform=eval"
+            )
+        if self.data.views > 1 and not (self.data.vision_cache and self.data.transform == "train"):
+            raise ValueError("data.views: expected 1 unless data.vision_cache is on and data.transform is 'train'")
+        return self
+
+
+class TextData(_Section):
+    """Documents that tell one scene several times: the captions of an image, then questions about it."""
+
+    captions: RecipePath
+    questions: RecipePath | None = None
+    answers: RecipePath | None = None
+    val_images: Positive = Field(200, description="this many images' captions are kept for validation")
+    captions_per_document: tuple[Positive, Positive] = (2, 5)
+    questions_per_document: tuple[NonNegative, NonNegative] = (0, 0)
+    bos_between_captions: Fraction = Field(0.5, description="share of captions inside a document that begin with BOS, as after a visual prompt")
+    repeat_captions: Fraction = Field(0.0, description="chance that the next caption repeats one verbatim: copying is learned from it first")
+    max_text_tokens: Positive = 32
+
+
+class TrainTokenizer(_Section):
+    min_frequency: Positive = 1
+    max_words: Positive = 8192
+
+
+class PretrainSchedule(_Section):
+    steps: Positive
+    batch: Positive = Field(description="documents (lm) or images (vision, vpg) in one update")
+    learning_rate: Rate
+    min_learning_rate: float = Field(0.0, ge=0.0)
+    warmup_steps: NonNegative = 50
+    optimizer: Optimizer = Optimizer(betas=(0.9, 0.98), clip_norm=1.0)
+    eval_every_steps: Positive = 200
+
+
+class LMRecipe(_Recipe):
+    kind: Literal["lm"]
+    tokenizer: TrainTokenizer | RecipePath
+    trim_vocabulary: NonNegative = Field(0, description="keep only tokens that occur this often in the corpus (0: all); the real ids stay in real_ids.json")
+    model: dict[str, Any] = Field(description="a transformers config: model_type and its sizes; vocabulary and special ids are filled in")
+    data: TextData
+    schedule: PretrainSchedule
+
+
+class PairedData(_Section):
+    train: list[ImageData] = Field(min_length=1)
+    val: ImageData
+    max_text_tokens: Positive = 32
+    transform: Literal["train", "eval"] = "eval"
+    vision_cache: bool = Field(True, description="vpg only: compute the frozen tower once an image")
+    views: Positive = 1
+    verify_images: Literal["none", "header", "full"] = "header"
+
+
+class VisionRecipe(_Recipe):
+    """A small ViT trained by captioning through cross-attention (CapPa, arXiv 2306.07915); the decoder is dropped."""
+
+    kind: Literal["vision"]
+    tokenizer: TrainTokenizer | RecipePath
+    model: dict[str, Any] = Field(description="sizes of a Blip2VisionConfig")
+    decoder_layers: Positive = 2
+    data: PairedData
+    schedule: PretrainSchedule
+
+
+class VPGRecipe(_Recipe):
+    """BLIP-2's first step: contrastive, matching and captioning losses on the Q-Former over a frozen tower (arXiv 2301.12597)."""
+
+    kind: Literal["vpg"]
+    tokenizer: TrainTokenizer | RecipePath
+    vision: Vision
+    qformer: QFormerConfig
+    losses: list[Literal["contrastive", "matching", "captioning"]] = ["contrastive", "captioning"]
+    projection_size: Positive = 256
+    data: PairedData
+    schedule: PretrainSchedule
+
+
+Recipe = TransferRecipe | LMRecipe | VisionRecipe | VPGRecipe
+_KINDS: dict[str, type[_Recipe]] = {"transfer": TransferRecipe, "lm": LMRecipe, "vision": VisionRecipe, "vpg": VPGRecipe}
+
+
+def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = (), kinds: tuple[str, ...] | None = None, check_files: bool = True) -> Recipe:
+    """Read, override and validate a recipe, and check that every file that it names as an input exists.
+
+    overrides: `section.key=value`, values in YAML.  kinds: the kinds that the caller can run.  check_files: false for a plan whose inputs are
+    still to be made.
+    Raises RecipeError with one message: the key, what was expected, what came, and the nearest valid key.
+    """
+    values = _read_yaml(Path(path))
+    for override in overrides:
+        _apply(values, override)
+    kind = values.get("kind", "transfer")
+    if kind not in _KINDS or (kinds and kind not in kinds):
+        expected = ", ".join(kinds or tuple(_KINDS))
+        raise RecipeError(f"{path}: kind: expected one of {expected}, got {kind!r}")
+    try:
+        recipe = _KINDS[kind].model_validate(_expand(values, ""))
+    except ValidationError as error:
+        raise RecipeError(f"{path}: " + "\n".join(_explain(e, _KINDS[kind]) for e in error.errors())) from None
+    if check_files:
+        _check_files(recipe, str(path))
+    return recipe  # type: ignore[return-value]
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Write the resolved recipe, every default included, as YAML that `load_recipe` reads back."""
+    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else [], 1)
+        raise RecipeError(f"{path}: expected a recipe file, found none" + (f"; did you mean {path.parent / near[0]}?" if near else ""))
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise RecipeError(f"{path}: expected YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path}: expected a mapping of sections at the top, got {type(values).__name__}")
+    values = _mark(values, path.parent)
+    if "extends" in values:
+        base = path.parent / str(values.pop("extends"))
+        return _merge(_read_yaml(base), values)
+    return values
+
+
+def _mark(value: Any, folder: Path) -> Any:
+    if isinstance(value, dict):
+        return {k: _mark(v, folder) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_mark(v, folder) for v in value]
+    if isinstance(value, str):
+        marked = _FromFile(value)
+        marked.folder = folder.absolute()
+        return marked
+    return value
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise RecipeError(f"override {override!r}: expected section.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"override {override!r}: expected a YAML value: {error}") from None
+    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
+        value = float(value)  # YAML 1.1 reads 1e-4 as a string
+    node: Any = values
+    *parents, last = key.split(".")
+    for depth, part in enumerate(parents):
+        where = ".".join(parents[: depth + 1])
+        if isinstance(node, list):
+            node = node[_index(node, part, where)]
+        else:
+            if node.get(part) is None:
+                node[part] = {}
+            node = node[part]
+        if not isinstance(node, (dict, list)):
+            raise RecipeError(f"override {override!r}: {where} holds {node!r}, which has no keys inside")
+    if isinstance(node, list):
+        node[_index(node, last, key)] = value
+    else:
+        node[last] = value
+
+
+def _index(items: list[Any], part: str, where: str) -> int:
+    if not part.isdigit() or int(part) >= len(items):
+        raise RecipeError(f"override {where}: expected a number from 0 to {len(items) - 1}, got {part!r}")
+    return int(part)
+
+
+def _expand(value: Any, where: str) -> Any:
+    """`${NAME}` in strings becomes the environment variable NAME."""
+    if isinstance(value, dict):
+        return {k: _expand(v, f"{where}.{k}".lstrip(".")) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_expand(v, f"{where}.{i}") for i, v in enumerate(value)]
+    if isinstance(value, str):
+        for name in re.findall(r"\$\{(\w+)\}", value):
+            if name not in os.environ:
+                raise RecipeError(f"{where}: expected the environment variable {name} (in {value!r}), which is not set; set it or override {where}")
+            expanded = value.replace(f"${{{name}}}", os.environ[name])
+            if isinstance(value, _FromFile):
+                expanded = _FromFile(expanded)
+                expanded.folder = value.folder
+            value = expanded
+    return value
+
+
+def _explain(error: Any, model: type[BaseModel]) -> str:
+    location = [p for p in error["loc"] if not isinstance(p, str) or p not in ("TrainTokenizer", "path", "constrained-int") or p == error["loc"][0]]
+    key = ".".join(str(p) for p in location)
+    if error["type"] == "extra_forbidden":
+        known = _keys_at(model, location[:-1])
+        near = difflib.get_close_matches(str(location[-1]), known, 1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        return f"{key}: unknown key; {hint}"
+    if error["type"] == "missing":
+        return f"{key}: expected a value, got nothing"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    return f"{key}: {message}, got {error['input']!r}"
+
+
+def _keys_at(model: Any, location: list[Any]) -> list[str]:
+    """The field names of the section that `location` leads to."""
+    for part in location:
+        if isinstance(part, int):
+            continue
+        field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
+        sections = [] if field is None else list(_sections(field.annotation))
+        if not sections:
+            return []
+        model = sections[0]
+    return list(model.model_fields)
+
+
+def _sections(annotation: Any) -> typing.Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        if issubclass(annotation, BaseModel):
+            yield annotation
+        return
+    for inner in typing.get_args(annotation):
+        yield from _sections(inner)
+
+
+def _check_files(recipe: Any, where: str) -> None:
+    """Every path that names an input must exist now, not an hour into the run."""
+    for key, value in _paths(recipe, ""):
+        if not key.startswith("output.") and not value.exists():
+            near = difflib.get_close_matches(value.name, [p.name for p in value.parent.iterdir()] if value.parent.is_dir() else [], 1)
+            hint = f"; did you mean {value.parent / near[0]}?" if near else ""
+            if recipe.inputs_from:
+                hint = f"; make it with `{recipe.inputs_from}`"
+            raise RecipeError(f"{where}: {key}: expected an existing file or folder, found none at {str(value)!r}{hint}")
+
+
+def _paths(section: Any, where: str) -> typing.Iterator[tuple[str, Path]]:
+    if isinstance(section, Path):
+        yield where, section
+    elif isinstance(section, BaseModel):
+        for name in type(section).model_fields:
+            yield from _paths(getattr(section, name), f"{where}.{name}".lstrip("."))
+    elif isinstance(section, str) and where == "target.llm" and section.startswith("/"):
+        yield where, Path(section)
+    elif isinstance(section, (list, tuple)):
+        for index, item in enumerate(section):
+            yield from _paths(item, f"{where}.{index}")

@@ -1,0 +1,84 @@
+"""Lets torchrun end with the exit code of our training script where that code carries a meaning.
+
+torchrun exits 1 whatever its workers exited with, and prints a traceback of its own that is longer than the worker's
+message. Two codes of `engine/train.py` are messages to the caller, not crashes: 2 (the recipe is wrong; the worker
+has already said what and where) and 75 (EX_TEMPFAIL of sysexits.h: stopped on the scheduler's notice with a
+checkpoint, run it again). A shell script or a job scheduler has to see them.
+
+torchrun offers no hook for it. It does load every entry point of the group `torchrun.handlers` inside its own process
+(torch/distributed/elastic/rendezvous/registry.py), meant for rendezvous back ends. This module is registered there.
+On load it replaces `sys.excepthook`, only where the process is torchrun and the script it launches is ours; for all
+other scripts torchrun stays as it is. The registration itself is a valid handler that says what it is when asked to
+be a back end.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import NoReturn
+
+RECIPE_ERROR = 2
+STOPPED_ON_NOTICE = 75
+
+_TRAIN_MODULE = "vpgtrans.engine.train"
+
+
+def get_handler() -> Callable[..., NoReturn]:
+    """Entry point of the group `torchrun.handlers`: installs the hook where it is due; returns a handler factory."""
+    if is_torchrun(sys.orig_argv) and any(_is_train_script(argument) for argument in sys.argv[1:]):
+        _wrap_excepthook()
+    return _refuse_to_be_a_backend
+
+
+def is_torchrun(orig_argv: Sequence[str]) -> bool:
+    """Whether an interpreter with this command line (`sys.orig_argv`) is `torchrun` or `-m torch.distributed.run`."""
+    # orig_argv, because sys.argv[0] is still "-m" while Python imports the packages above the module it runs.
+    for previous, argument in itertools.pairwise(orig_argv):
+        if previous == "-m":
+            return argument == "torch.distributed.run"
+        if not argument.startswith("-") and previous not in ("-X", "-W"):
+            return Path(argument).stem == "torchrun"
+    return False
+
+
+def _is_train_script(argument: str) -> bool:
+    return argument == _TRAIN_MODULE or Path(os.path.abspath(argument)).parts[-2:] == ("engine", "train.py")
+
+
+def _wrap_excepthook() -> None:
+    previous_hook = sys.excepthook
+
+    def end_with_the_workers_code(
+        kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+    ) -> None:
+        code = _meaningful_exit_code(error)
+        if code is not None:
+            # A SystemExit raised in the hook ends the interpreter with its code, after the atexit handlers.
+            raise SystemExit(code)
+        previous_hook(kind, error, traceback)
+
+    sys.excepthook = end_with_the_workers_code
+
+
+def _meaningful_exit_code(error: BaseException) -> int | None:
+    """The exit code to hand on where `error` says that our script's first failing worker ended with one of ours."""
+    # Imported here: torch.distributed.run is still half imported when torch loads the entry point.
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args
+
+    if not isinstance(error, ChildFailedError) or not _is_train_script(parse_args(sys.argv[1:]).training_script):
+        return None
+    _, failure = error.get_first_failure()
+    return failure.exitcode if failure.exitcode in (RECIPE_ERROR, STOPPED_ON_NOTICE) else None
+
+
+def _refuse_to_be_a_backend(*_: object) -> NoReturn:
+    raise ValueError(
+        "--rdzv-backend=vpgtrans_exit_codes is no rendezvous back end (vpgtrans registers the name to hand on its exit "
+        "codes); expected c10d, static or another back end of torch"
+    )

@@ -1,0 +1,56 @@
+"""Train a vision-language model from a recipe: the whole two-stage transfer, or any of the paper's baselines.
+
+    torchrun engine/train.py recipes/demo.yaml [section.key=value ...]
+    torchrun -m vpgtrans.engine.train recipes/demo.yaml
+    vpgtrans train recipes/demo.yaml
+
+Top to bottom: recipe (checked before anything else is imported) -> process -> data -> model -> for each stage: freeze, order, optimiser,
+resume, loop -> best model, scores, samples.  Run it again after a kill and it goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):  # `torchrun engine/train.py` puts engine/ itself on the path; its modules belong to the package
+    sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]
+    from vpgtrans.engine.train import main
+
+    if __name__ == "__main__":
+        sys.exit(main())
+
+from .recipe import RecipeError, TransferRecipe, load_recipe
+
+USAGE = "usage: train.py RECIPE.yaml [section.key=value ...]"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0, 2 for a recipe or data error (one message), 1 for a run that had to stop."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__ if arguments else USAGE, file=sys.stdout if arguments else sys.stderr)
+        return 0 if arguments else 2
+    try:
+        recipe = load_recipe(arguments[0], arguments[1:], kinds=("transfer",))
+    except RecipeError as error:
+        print(f"recipe error: {error}", file=sys.stderr)
+        return 2
+    from .checkpoint import CheckpointError
+    from .data.coco import DataError
+    from .loop import RunStopped, run
+    from .models.llm import ModelError
+
+    try:
+        run(recipe)
+    except (CheckpointError, DataError, ModelError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    except RunStopped as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""What doctor reports: it can be read as JSON, misses no operation, and says why something is not live."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from vpgtrans.engine import doctor
+from vpgtrans.kernels import row_packing
+
+KERNELS = Path(__file__).resolve().parents[1] / "kernels"
+
+
+def test_json_output_holds_versions_and_the_compiled_module(capsys: pytest.CaptureFixture[str]) -> None:
+    doctor.main(as_json=True)
+    found = json.loads(capsys.readouterr().out)
+    assert found["required"]["torch"] == importlib.metadata.version("torch")
+    assert None not in found["required"].values()
+    assert found["compiled"]["present"] and "pack_rows" in found["compiled"]["functions"]
+    assert found["operations"]["row_packing"] == {"live": "cpp", "reason": None}
+
+
+def test_every_module_of_kernels_is_listed() -> None:
+    assert {path.stem for path in KERNELS.glob("*.py")} - {"__init__"} == set(doctor.OPERATIONS)
+
+
+def test_says_why_an_operation_runs_its_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_packing, "_C", None)
+    row = doctor.collect()["operations"]["row_packing"]
+    assert row["live"] == "reference" and "_C is not importable" in row["reason"]
+
+
+def test_tells_a_foreign_or_broken_package_from_a_missing_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("apex", "ffcv"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    (tmp_path / "apex.py").write_text("")  # a package of that name that is not NVIDIA's
+    (tmp_path / "ffcv.py").write_text("raise OSError('libturbojpeg.so.0: cannot open')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(doctor.OPTIONAL, "absent", "surely_absent.sub")
+    optional = doctor.collect()["optional"]
+    assert "not NVIDIA's apex" in optional["apex"]["reason"]
+    assert optional["ffcv"]["reason"] == "OSError: libturbojpeg.so.0: cannot open"
+    assert optional["absent"] == {"version": None, "importable": False, "reason": "not installed"}
+    doctor.main()
+    assert "surely_absent" not in (text := capsys.readouterr().out) and "not installed" in text

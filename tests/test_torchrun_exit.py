@@ -1,0 +1,83 @@
+"""The exit code of torchrun for our training script and for others, by real torchrun processes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vpgtrans.engine import torchrun_exit
+
+TORCHRUN = (str(Path(sys.executable).with_name("torchrun")),)
+TORCHRUN_MODULE = (sys.executable, "-W", "ignore", "-m", "torch.distributed.run")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with engine/train.py and other.py, each of which exits with its first argument."""
+    (tmp_path / "engine").mkdir()
+    for name in ("engine/train.py", "other.py"):
+        (tmp_path / name).write_text("import sys\nprint('the recipe is wrong')\nsys.exit(int(sys.argv[1]))\n")
+    return tmp_path
+
+
+def run(command: tuple[str, ...], *arguments: str, cwd: Path) -> tuple[int, str]:
+    done = subprocess.run([*command, *arguments], cwd=cwd, capture_output=True, text=True, timeout=120)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_a_recipe_error_reaches_the_caller_without_a_traceback(folder: Path) -> None:
+    returned, output = run(TORCHRUN, "engine/train.py", "2", cwd=folder)
+    assert returned == 2, output
+    assert "the recipe is wrong" in output
+    assert "Traceback" not in output and "ChildFailedError" not in output
+
+
+def test_two_workers_stopped_on_notice_started_as_a_module_inside_engine(folder: Path) -> None:
+    returned, output = run(TORCHRUN_MODULE, "--nproc-per-node", "2", "train.py", "75", cwd=folder / "engine")
+    assert returned == 75, output
+
+
+def test_other_codes_stay_as_torchrun_has_them(folder: Path) -> None:
+    returned, output = run(TORCHRUN, "engine/train.py", "3", cwd=folder)
+    assert returned == 1
+    assert "ChildFailedError" in output
+
+
+def test_other_scripts_stay_as_torchrun_has_them(folder: Path) -> None:
+    # Our script's path among the arguments of another one does not make it ours.
+    returned, output = run(TORCHRUN, "other.py", "2", "engine/train.py", cwd=folder)
+    assert returned == 1
+    assert "ChildFailedError" in output
+
+
+def test_registration_is_harmless_outside_torchrun() -> None:
+    hook = sys.excepthook
+    factory = torchrun_exit.get_handler()
+    assert sys.excepthook is hook
+    with pytest.raises(ValueError, match=r"vpgtrans_exit_codes is no rendezvous back end.*expected c10d"):
+        factory(object())
+
+
+@pytest.mark.parametrize(
+    ("orig_argv", "expected"),
+    [
+        (["python", "/opt/bin/torchrun", "engine/train.py"], True),
+        (["python", "-X", "dev", "-m", "torch.distributed.run", "engine/train.py"], True),
+        (["python", "-m", "vpgtrans.engine.train", "torchrun"], False),
+        (["python", "engine/train.py", "torchrun"], False),
+        (["python", "-c", "import torchrun"], False),
+        (["python"], False),
+    ],
+)
+def test_which_processes_are_torchrun(orig_argv: list[str], expected: bool) -> None:
+    assert torchrun_exit.is_torchrun(orig_argv) is expected
+
+
+def test_train_script_is_found_by_path_or_module() -> None:
+    for ours in ("vpgtrans.engine.train", "/a/engine/train.py", "engine/train.py", "./engine/../engine/train.py"):
+        assert torchrun_exit._is_train_script(ours), ours
+    for other in ("train.py", "engine/train_other.py", "other/train.py", "engine.train", "2"):
+        assert not torchrun_exit._is_train_script(other), other

@@ -160,7 +160,7 @@ def _train_stage(this: Run, index: int, checkpoint: Path | None) -> None:
     recipe, stage, progress, log = this.recipe, this.recipe.stages[index], this.progress, this.log
     this.model.freeze_for(stage.trains, stage.frozen_dropout)
     tensors = trainable_tensors(this.model)
-    optimizer = build_adamw(tensors.items(), stage.optimizer, this.runtime.device)
+    optimizer = build_adamw(tensors.items(), stage.optimizer)
     if checkpoint:
         load_checkpoint(checkpoint, _trained_so_far(this, index), optimizer)
         if progress.stage_done:

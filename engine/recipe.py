@@ -100,6 +100,7 @@ class QFormerConfig(_Section):
     num_query_tokens: Positive = 32
     dropout: Fraction = Field(0.1, description="hidden and attention dropout while the Q-Former trains")
     layer_norm_eps: Rate = 1e-12
+    initializer_range: Rate = Field(0.02, description="deviation of random weights and query tokens; BERT's for width 768")
 
     @model_validator(mode="after")
     def _heads_divide(self) -> QFormerConfig:

@@ -101,7 +101,10 @@ class QFormer(nn.Module):
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.encoder = _Encoder(config, image_width, text_branch)
         self.dropout = config.dropout
-        self.apply(_initialise)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=config.initializer_range)
+                nn.init.zeros_(module.bias)
 
     def forward(self, queries: Tensor | None, image: Tensor | None, text: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """queries (B, Q, D), image (B, N, W), text embeddings (B, T, D), mask (B, 1, Q+T, Q+T) bool -> (B, Q+T, D)."""
@@ -112,10 +115,3 @@ class QFormer(nn.Module):
         for layer in self.encoder.layer:
             x = layer(x, count, image, mask)
         return x
-
-
-def _initialise(module: nn.Module) -> None:
-    """BERT's: normal with deviation 0.02, zero biases."""
-    if isinstance(module, nn.Linear):
-        nn.init.normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)

@@ -24,7 +24,7 @@ class VPG(nn.Module):
         self.config = config
         self.image_width = image_width
         self.ln_vision = nn.LayerNorm(image_width, eps=LN_VISION_EPS)
-        self.query_tokens = nn.Parameter(torch.randn(1, config.num_query_tokens, config.hidden_size) * 0.02)
+        self.query_tokens = nn.Parameter(torch.randn(1, config.num_query_tokens, config.hidden_size) * config.initializer_range)
         self.qformer = QFormer(config, image_width, text_branch)
 
     def forward(self, features: Tensor) -> Tensor:

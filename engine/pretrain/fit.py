@@ -35,7 +35,7 @@ def fit(
     returns scalar losses; their sum is minimised.  evaluate: scores on held-out data, with `loss` among them.  A killed run resumes.
     """
     tensors = trainable_tensors(module)
-    optimizer = build_adamw(tensors.items(), schedule.optimizer, runtime.device)
+    optimizer = build_adamw(tensors.items(), schedule.optimizer)
     found, passed_over = latest_checkpoint(folder / "checkpoints")
     step, seconds = 0, 0.0
     if found:

@@ -29,7 +29,9 @@ class CheckpointError(ValueError):
     """A checkpoint that is damaged or does not fit; the message names the files or tensors."""
 
 
-def save_checkpoint(root: Path, step: int, model: dict[str, Tensor], optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int) -> Path:
+def save_checkpoint(
+    root: Path, step: int, model: dict[str, Tensor], optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int
+) -> Path:
     """Write `root/step-N` atomically and drop all but the newest `keep`; returns the folder."""
     target = root / f"step-{step:08d}"
     temporary = root / f".step-{step:08d}.{os.getpid()}.tmp"
@@ -98,7 +100,9 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: expected a safetensors file: {error}; copy it again or choose another checkpoint") from error
+        raise CheckpointError(
+            f"{path}: expected a safetensors file: {error}; copy it again or choose another checkpoint"
+        ) from error
 
 
 def check_fit(stored: dict[str, Tensor], expected: dict[str, Tensor], where: str) -> None:
@@ -137,7 +141,11 @@ def write_json(path: Path, value: Any) -> None:
 
 def _flat_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     state = optimizer.state_dict()["state"]
-    return {f"{index}.{name}": value.detach().cpu().contiguous() for index, entry in state.items() for name, value in entry.items()}
+    return {
+        f"{index}.{name}": value.detach().cpu().contiguous()
+        for index, entry in state.items()
+        for name, value in entry.items()
+    }
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, flat: dict[str, Tensor], folder: Path) -> None:
@@ -148,7 +156,9 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, flat: dict[str, Tensor], f
     groups = optimizer.state_dict()["param_groups"]
     count = sum(len(g["params"]) for g in groups)
     if state and len(state) != count:
-        raise CheckpointError(f"{folder}/optimizer.safetensors: expected moments of {count} parameters, found {len(state)}")
+        raise CheckpointError(
+            f"{folder}/optimizer.safetensors: expected moments of {count} parameters, found {len(state)}"
+        )
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 

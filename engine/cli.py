@@ -34,13 +34,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="vpgtrans", description="Give a language model eyes: transfer a visual prompt generator.")
+    parser = argparse.ArgumentParser(
+        prog="vpgtrans", description="Give a language model eyes: transfer a visual prompt generator."
+    )
     commands = parser.add_subparsers(dest="command")
     train = _recipe_command(commands, "train", "train a vision-language model from a recipe", _train)
     train.epilog = "also: torchrun engine/train.py RECIPE"
-    convert = _recipe_command(commands, "convert", "fit the word converter of a recipe, print its quality, merge it into a projector", _convert)
+    convert = _recipe_command(
+        commands,
+        "convert",
+        "fit the word converter of a recipe, print its quality, merge it into a projector",
+        _convert,
+    )
     convert.add_argument("--out", help="folder for the merged projector (projector.safetensors) and converter.json")
-    pretrain = _recipe_command(commands, "pretrain", "train a part of a miniature world from a recipe", _pretrain, part=("lm", "vision", "vpg"))
+    pretrain = _recipe_command(
+        commands, "pretrain", "train a part of a miniature world from a recipe", _pretrain, part=("lm", "vision", "vpg")
+    )
     pretrain.epilog = "lm: a language model that uses context; vision: a small ViT; vpg: BLIP-2's first step"
     scenes = commands.add_parser("scenes", help="render the miniature world: JPEG scenes, captions, questions")
     scenes.add_argument("out")
@@ -52,10 +61,16 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="the whole transfer and its baselines on the miniature world")
     demo.add_argument("--out", default="runs/demo")
     demo.add_argument("--seeds", type=int, default=1)
-    demo.add_argument("--recipes", default="recipes/demo", help="folder of the recipes")
+    demo.add_argument(
+        "--plan",
+        default="recipes/demo/plan.yaml",
+        help="which parts and arms; recipes/flickr8k/plan.yaml for photographs",
+    )
     demo.add_argument("--jobs", type=int, default=None, help="jobs side by side; default: one a core, at most 4")
     demo.set_defaults(run=_demo)
-    commands.add_parser("report", help="one HTML page of a run or several: vpgtrans report RUN... --out report.html --reference tfs")
+    commands.add_parser(
+        "report", help="one HTML page of a run or several: vpgtrans report RUN... --out report.html --reference tfs"
+    )
     doctor = commands.add_parser("doctor", help="what was compiled, which kernels and packages are live, and why not")
     doctor.add_argument("--json", action="store_true")
     doctor.set_defaults(run=_doctor)
@@ -108,7 +123,13 @@ def _scenes(options: argparse.Namespace) -> int:
     from .data.scenes import write_world
 
     counts = write_world(
-        Path(options.out), train=options.train, source=options.source, val=options.val, text=options.text, pixels=options.pixels, seed=options.seed
+        Path(options.out),
+        train=options.train,
+        source=options.source,
+        val=options.val,
+        text=options.text,
+        pixels=options.pixels,
+        seed=options.seed,
     )
     print(f"wrote {options.out}: " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
     return 0

@@ -1,9 +1,8 @@
-"""`make demo`: the whole transfer and its baselines on the miniature world, as the commands a user would give, side by side.
+"""`make demo`: the whole transfer and its baselines, as the commands that a user would give, side by side.
 
-    world -> lm_source, lm_target, vision -> vpg -> source -> tfs, vpg_inherit, vpgtrans, vpgtrans_no_converter -> report
-
-Each job is one `vpgtrans` command in a process of its own.  Parts are kept under `artifacts/demo` with a hash of their recipe and of what
-they were made from, so a second run only repeats what changed; a killed one goes on where it was.  The arms are always run anew.
+A plan names parts and arms (recipes/demo/plan.yaml).  Each is one `vpgtrans` command in a process of its own, started when what it needs is
+there.  Parts are kept with a hash of their recipe and of what they were made from, so a second run only repeats what changed, and a killed
+one goes on where it was.  The arms are always run anew; the report compares them.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from .recipe import Recipe, RecipeError, TransferRecipe, load_recipe
 from .report import print_table, write_report
 from .runlog import PLAIN_LINE_SECONDS, console, duration
 
-ARMS = ("tfs", "vpg_inherit", "vpgtrans", "vpgtrans_no_converter")
+VPGTRANS = [sys.executable, "-m", "vpgtrans.engine.cli"]
 
 
 @dataclass
@@ -51,7 +50,8 @@ class Job:
 def main(options: argparse.Namespace) -> int:
     """Run what is missing, then report; exit code 0, 1 when a job failed (its log is named)."""
     began = time.perf_counter()
-    jobs = _plan(Path(options.recipes), Path(options.out), options.seeds)
+    plan = _read_plan(Path(options.plan))
+    jobs = _jobs(plan, Path(options.plan).parent, Path(options.out), options.seeds)
     workers = options.jobs or min(4, os.cpu_count() or 1)
     logs = Path(options.out) / "logs"
     logs.mkdir(parents=True, exist_ok=True)
@@ -64,55 +64,71 @@ def main(options: argparse.Namespace) -> int:
         console.print((logs / f"{failed}.log").read_text()[-3000:], markup=False)
         return 1
     runs = [job.folder for job in jobs.values() if not job.kept]
-    report = write_report(runs, Path(options.out) / "report.html", reference="tfs", title="VPGTrans on the miniature world")
+    report = write_report(
+        runs, Path(options.out) / "report.html", reference=plan.get("reference"), title=plan.get("title", "VPGTrans")
+    )
     arms = report["summary"]
     seconds = {"total": time.perf_counter() - began, **{job.name: job.seconds for job in jobs.values()}}
-    best = {"speedup_pairs": arms["vpgtrans"]["speedup_pairs"], "speedup_seconds": arms["vpgtrans"]["speedup_seconds"]}
-    write_json(Path(options.out) / "summary.json", {**best, "headline": report["headline"], "arms": arms, "wall_seconds": seconds})
+    best = {name: arms.get("vpgtrans", {}).get(name) for name in ("speedup_pairs", "speedup_seconds")}
+    write_json(
+        Path(options.out) / "summary.json",
+        {**best, "headline": report["headline"], "arms": arms, "wall_seconds": seconds},
+    )
     print_table(arms)
     console.print(report["headline"])
-    console.print(f"{duration(time.perf_counter() - began)} in all; wrote {options.out}/summary.json and {options.out}/report.html")
+    console.print(
+        f"{duration(time.perf_counter() - began)} in all; wrote {options.out}/summary.json and {options.out}/report.html"
+    )
     return 0
 
 
-def _plan(recipes: Path, out: Path, seeds: int) -> dict[str, Job]:
-    """All jobs in an order in which each comes after its needs."""
-    vpgtrans = [sys.executable, "-m", "vpgtrans.engine.cli"]
-    settings_file = recipes / "world.yaml"
-    if not settings_file.is_file():
-        raise RecipeError(f"{settings_file}: expected the demo's recipes; run in the project's root, or give --recipes")
-    settings = yaml.safe_load(settings_file.read_text())
-    artifacts = (recipes / settings.pop("folder")).resolve()
-    world = [*vpgtrans, "scenes", str(artifacts / "world"), *(f"--{k}={v}" for k, v in settings.items())]
-    jobs = {"world": Job("world", world, artifacts / "world", [], True, 1, "")}
-    jobs["world"].key = _hash(json.dumps(settings, sort_keys=True))
-    parts = {"lm_target": ("lm", ["world"]), "lm_source": ("lm", ["world"]), "vision": ("vision", ["world"]), "vpg": ("vpg", ["vision"])}
-    for name, (part, needs) in parts.items():
-        recipe = load_recipe(recipes / f"{name}.yaml", check_files=False)
-        command = [*vpgtrans, "pretrain", part, str(recipes / f"{name}.yaml")]
-        jobs[name] = Job(name, command, recipe.output.folder, needs, True, recipe.schedule.steps, "steps", _key(recipe, jobs, needs))
-    recipe = load_recipe(recipes / "source.yaml", check_files=False)
-    jobs["source"] = Job(
-        "source", [*vpgtrans, "train", str(recipes / "source.yaml")], recipe.output.folder, ["vpg", "lm_source"], True, _pairs(recipe), "pairs",
-        _key(recipe, jobs, ["vpg", "lm_source"]),
-    )  # fmt: skip
+def _read_plan(path: Path) -> dict:
+    try:
+        plan = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise RecipeError(f"plan: expected a plan such as recipes/demo/plan.yaml, got {path}: {error}") from None
+    if not isinstance(plan, dict) or not isinstance(plan.get("arms"), dict):
+        raise RecipeError(f"plan: expected parts and arms in {path}, got {type(plan).__name__}")
+    return plan
+
+
+def _jobs(plan: dict, folder: Path, out: Path, seeds: int) -> dict[str, Job]:
+    """All jobs of a plan; `folder` is where its paths start."""
+    jobs: dict[str, Job] = {}
+    for name, part in plan.get("parts", {}).items():
+        if "scenes" in part:
+            target = Path(os.path.normpath(folder.absolute() / part["folder"]))
+            command = [*VPGTRANS, "scenes", str(target), *(f"--{k}={v}" for k, v in part["scenes"].items())]
+            jobs[name] = Job(name, command, target, [], True, 1, "", _hash(json.dumps(part["scenes"], sort_keys=True)))
+            continue
+        needs = part.get("needs", [])
+        file = folder / (part.get("pretrain") or part["train"])
+        recipe = load_recipe(file, check_files=False)
+        command = [*VPGTRANS, *(["pretrain", recipe.kind] if "pretrain" in part else ["train"]), str(file)]
+        key = _hash(recipe.model_dump_json(), *(jobs[n].key for n in needs))
+        jobs[name] = Job(name, command, recipe.output.folder, needs, True, *_length(recipe), key)
     for seed in range(seeds):
-        for arm in ARMS:
-            needs = ["vpg" if arm == "tfs" else "source", "lm_target"]
-            recipe = load_recipe(recipes / f"{arm}.yaml", check_files=False)
+        for arm, part in plan["arms"].items():
+            file = folder / part["train"]
+            recipe = load_recipe(file, check_files=False)
             name = f"{arm}-{seed}" if seeds > 1 else arm
             overrides = [f"seed={seed}", f"name={name}", f"output.folder={(out / name).absolute()}"]
-            command = [*vpgtrans, "train", str(recipes / f"{arm}.yaml"), *overrides]
-            jobs[name] = Job(name, command, out / name, needs, False, _pairs(recipe), "pairs")
+            jobs[name] = Job(
+                name,
+                [*VPGTRANS, "train", str(file), *overrides],
+                out / name,
+                part.get("needs", []),
+                False,
+                *_length(recipe),
+            )
     return jobs
 
 
-def _pairs(recipe: TransferRecipe) -> int:
-    return sum(stage.pairs or 0 for stage in recipe.stages)
-
-
-def _key(recipe: Recipe, jobs: dict[str, Job], needs: list[str]) -> str:
-    return _hash(recipe.model_dump_json(), *(jobs[n].key for n in needs))
+def _length(recipe: Recipe) -> tuple[int, str]:
+    """How long a job is and in what it counts."""
+    if isinstance(recipe, TransferRecipe):
+        return sum(stage.pairs or 0 for stage in recipe.stages), "pairs"
+    return recipe.schedule.steps, "steps"
 
 
 def _hash(*parts: str) -> str:
@@ -133,7 +149,9 @@ def _run_all(jobs: dict[str, Job], done: set[str], workers: int, logs: Path) -> 
     with board:
         try:
             while waiting or running:
-                for job in [j for j in waiting if len(running) < workers and all(n in done for n in j.needs)][: workers - len(running)]:
+                for job in [j for j in waiting if len(running) < workers and all(n in done for n in j.needs)][
+                    : workers - len(running)
+                ]:
                     _start(job, threads, logs)
                     waiting.remove(job)
                     running.append(job)
@@ -170,7 +188,9 @@ def _start(job: Job, threads: int, logs: Path) -> None:
     is_scenes = "scenes" in job.command
     command = job.command if is_scenes else [*job.command, f"threads={threads}"]
     with (logs / f"{job.name}.log").open("w") as log:
-        job.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, stdin=subprocess.DEVNULL)
+        job.process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env=environment, stdin=subprocess.DEVNULL
+        )
     job.started = time.monotonic()
 
 
@@ -178,8 +198,17 @@ class _Board:
     """Progress of all running jobs: a bar each on a terminal, otherwise a line each every ten seconds."""
 
     def __init__(self) -> None:
-        columns = (TextColumn("{task.description:22}"), BarColumn(), TextColumn("{task.percentage:3.0f}%"), TextColumn("{task.fields[text]}"))
-        self.bars = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) if console.is_terminal else None
+        columns = (
+            TextColumn("{task.description:22}"),
+            BarColumn(),
+            TextColumn("{task.percentage:3.0f}%"),
+            TextColumn("{task.fields[text]}"),
+        )
+        self.bars = (
+            Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
+            if console.is_terminal
+            else None
+        )
         self.tasks: dict[str, TaskID] = {}
         self.last_line = 0.0
 
@@ -223,6 +252,8 @@ def _last_train_event(path: Path) -> dict:
         for line in reversed(lines):
             event = json.loads(line)
             if event["event"] == "train":
-                event.setdefault("loss", sum(v for k, v in event.items() if k in ("contrastive", "matching", "captioning")))
+                event.setdefault(
+                    "loss", sum(v for k, v in event.items() if k in ("contrastive", "matching", "captioning"))
+                )
                 return event
     return {}

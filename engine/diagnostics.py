@@ -1,10 +1,10 @@
 """Named warnings for the failures that readers of the paper know, each with the number that set it off.
 
-    stage_1_diverges            the warm-up ends up above where it began: widths, norms or rate do not fit
-    stage_2_regression          direct fine-tuning loses what the warm-up had
-    prompts_outside_words       soft prompts have norms far from the word embeddings, where a cosine-fitted converter says nothing
-    captions_collapse           a few captions for all images: the language model ignores its prompt
-    weak_converter              the converter does not carry over to tokens that it has not seen
+stage_1_diverges            the warm-up ends up above where it began: widths, norms or rate do not fit
+stage_2_regression          direct fine-tuning loses what the warm-up had
+prompts_outside_words       soft prompts have norms far from the word embeddings, where a cosine-fitted converter says nothing
+captions_collapse           a few captions for all images: the language model ignores its prompt
+weak_converter              the converter does not carry over to tokens that it has not seen
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from .transfer.converter import ConverterReport
 
 DIVERGED = 1.10  # training loss against its first value
 REGRESSED = 1.03  # validation loss in stage 2 against the end of stage 1
-PROMPT_NORM_RATIO = 5.0  # paper: about 10 for trained models, where the merged projector alone performs like a random one
+PROMPT_NORM_RATIO = (
+    5.0  # paper: about 10 for trained models, where the merged projector alone performs like a random one
+)
 COLLAPSED = 0.10  # share of distinct captions
 WEAK_COSINE = 0.3
 
@@ -59,13 +61,21 @@ class Watch:
     def captions(self, distinct: float, step: int) -> None:
         if distinct < COLLAPSED:
             self.log.warn(
-                "captions_collapse", f"only {distinct:.0%} of the captions differ; the language model ignores its visual prompt", value=distinct, step=step
+                "captions_collapse",
+                f"only {distinct:.0%} of the captions differ; the language model ignores its visual prompt",
+                value=distinct,
+                step=step,
             )
 
     def converter(self, report: ConverterReport, prompt_norm_before: float, prompt_norm_after: float) -> None:
         """prompt_norm_*: mean norm of soft prompts over mean norm of word embeddings, in the source and in the target."""
         if report.cosine < WEAK_COSINE:
-            self.log.warn("weak_converter", f"cosine {report.cosine:.2f} on {report.held_out_tokens} held-out tokens", value=report.cosine, step=0)
+            self.log.warn(
+                "weak_converter",
+                f"cosine {report.cosine:.2f} on {report.held_out_tokens} held-out tokens",
+                value=report.cosine,
+                step=0,
+            )
         if max(prompt_norm_before, prompt_norm_after) > PROMPT_NORM_RATIO:
             self.log.warn(
                 "prompts_outside_words",

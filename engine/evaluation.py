@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from .data.coco import QuestionRecord
 from .data.features import FeatureSource
@@ -19,6 +22,18 @@ from .scoring.vqa import vqa_accuracy
 
 ANSWERS = Generation(num_beams=5, max_new_tokens=10, min_new_tokens=0, length_penalty=-1.0)
 QUESTION_PROMPT = "question: {} answer:"
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards every module is back in its own mode (parts of one model train while others are frozen)."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 @dataclass
@@ -35,20 +50,24 @@ class Validator:
     def pack(self, model: VisionLanguageModel, layout: TransferData) -> None:
         """All captions of every validation image, grouped and packed."""
         groups = [Group(i, 0, tuple(range(len(ids)))) for i, ids in enumerate(self.data.ids)]
-        self._batches = pack_update(groups, self.data, model.queries, layout.row_tokens, layout.rows_per_micro_batch, model.llm.special.pad)
+        self._batches = pack_update(
+            groups, self.data, model.queries, layout.row_tokens, layout.rows_per_micro_batch, model.llm.special.pad
+        )
 
     @torch.no_grad()
     def loss(self, model: VisionLanguageModel) -> float:
         """Cross-entropy per target token over the whole set, every rank its share of the micro-batches."""
-        was_training = model.training
-        model.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self.runtime.device)
         for batch in self._batches[self.runtime.rank :: self.runtime.world_size]:
-            with self.runtime.autocast():
+            with evaluating(model), self.runtime.autocast():
                 summed = model.loss_sum(self.features(batch.groups), batch.to(self.runtime.device))
-            total += torch.stack([summed.double(), torch.tensor(float(batch.target_count), dtype=torch.float64, device=self.runtime.device)])
+            total += torch.stack(
+                [
+                    summed.double(),
+                    torch.tensor(float(batch.target_count), dtype=torch.float64, device=self.runtime.device),
+                ]
+            )
         self.runtime.sum_(total)
-        model.train(was_training)
         return (total[0] / total[1]).item()
 
     def captions(self, model: VisionLanguageModel) -> tuple[dict[str, float], list[dict[str, Any]]]:
@@ -76,13 +95,12 @@ class Validator:
         annotations = [{"question_id": q.question_id, "answers": [{"answer": a} for a in q.answers]} for q in asked]
         return {"vqa_accuracy": vqa_accuracy(annotations, predictions)["overall"]}, predictions
 
-    def _answer(self, model: VisionLanguageModel, images: list[int], prompts: list[str], settings: Generation) -> list[str]:
-        was_training = model.training
-        model.eval()
+    def _answer(
+        self, model: VisionLanguageModel, images: list[int], prompts: list[str], settings: Generation
+    ) -> list[str]:
         texts: list[str] = []
         for at in range(0, len(images), self.settings.batch_images):
             chosen = [Group(i, 0, ()) for i in images[at : at + self.settings.batch_images]]
-            with torch.no_grad(), self.runtime.autocast():
+            with evaluating(model), torch.no_grad(), self.runtime.autocast():
                 texts += model.generate(self.features(chosen), prompts[at : at + len(chosen)], settings)
-        model.train(was_training)
         return texts

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from . import outcome
 from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, trainable_tensors
-from .data.coco import read_captions, read_questions
+from .data.coco import read_image_data, read_questions
 from .data.features import FeatureSource, open_features
 from .data.packing import CaptionData, Group, PackedBatch, Position, Subset, UpdateOrder, join, pack_update, tokenize
 from .diagnostics import Watch
 from .evaluation import Validator
-from .models.vision import VisionTower, load_tower
+from .models.vision import load_tower
 from .models.vlm import VisionLanguageModel
 from .optim import build_adamw, clip_, learning_rate, set_learning_rate
 from .recipe import Stage, TransferRecipe, save_recipe
@@ -80,7 +80,12 @@ def run(recipe: TransferRecipe) -> dict[str, Any]:
     folder = recipe.output.folder
     found, passed_over = latest_checkpoint(folder / "checkpoints")
     progress = Progress(**_state(found)) if found else Progress()
-    log = RunLog(folder, enabled=runtime.is_main, tensorboard=recipe.output.tensorboard, resume_at=progress.step if found else None)
+    log = RunLog(
+        folder,
+        enabled=runtime.is_main,
+        tensorboard=recipe.output.tensorboard,
+        resume_at=progress.step if found else None,
+    )
     for line in passed_over:
         log.warn("checkpoint_passed_over", line)
     try:
@@ -90,10 +95,17 @@ def run(recipe: TransferRecipe) -> dict[str, Any]:
         if found:
             log.say(f"resumed at update {progress.step:,} ({progress.pairs:,} pairs) from {found}")
         else:
-            log.event("start", name=recipe.name, arm=recipe.arm, seed=recipe.seed, device=runtime.describe(), time=outcome.now())
-        for index in range(progress.stage, len(recipe.stages)):
-            resume = found if index == progress.stage and found else None
-            _train_stage(this, index, resume)
+            log.event(
+                "start",
+                name=recipe.name,
+                arm=recipe.arm,
+                seed=recipe.seed,
+                device=runtime.describe(),
+                time=outcome.now(),
+            )
+        first = progress.stage
+        for index in range(first, len(recipe.stages)):
+            _train_stage(this, index, found if index == first else None)
         return outcome.finish(this)
     finally:
         log.close()
@@ -110,14 +122,12 @@ def _prepare(recipe: TransferRecipe, runtime: Runtime, log: RunLog, progress: Pr
     layout = recipe.data
     sets, subsets, at = [], {}, 0
     for entry in layout.train:
-        captions = read_captions(entry.captions, entry.images, name=entry.name, verify_images=layout.verify_images, limit=entry.limit)
+        captions = read_image_data(entry, layout.verify_images)
         outcome.report_refusals(log, recipe.output.folder, captions)
         sets.append(tokenize(captions, model.llm, layout.max_text_tokens))
         subsets[entry.name] = Subset(at, at + len(captions.records), entry.weight or 1.0), entry.weight
         at += len(captions.records)
-    val = read_captions(
-        layout.val.captions, layout.val.images, name=f"{layout.val.name}-val", verify_images=layout.verify_images, limit=layout.val.limit
-    )
+    val = read_image_data(layout.val, layout.verify_images, f"{layout.val.name}-val")
     outcome.report_refusals(log, recipe.output.folder, val)
     data, val_data = join(sets), tokenize(val, model.llm, layout.max_text_tokens)
     model.to(runtime.device)
@@ -132,23 +142,32 @@ def _prepare(recipe: TransferRecipe, runtime: Runtime, log: RunLog, progress: Pr
     validator.pack(model, layout)
     outcome.print_savings(log, recipe, model)
     watch = Watch(log, **progress.watch)
-    _measure_converter(model, origins, val_features, watch, log, recipe)
+    _measure_converter(model, origins, validator, watch, log, recipe)
     return Run(recipe, runtime, log, model, origins, data, subsets, features, validator, watch, progress)
 
 
 @torch.no_grad()
-def _measure_converter(model: VisionLanguageModel, origins: Origins, features: FeatureSource, watch: Watch, log: RunLog, recipe: TransferRecipe) -> None:
+def _measure_converter(
+    model: VisionLanguageModel,
+    origins: Origins,
+    validator: Validator,
+    watch: Watch,
+    log: RunLog,
+    recipe: TransferRecipe,
+) -> None:
     """Print the converter's quality and the norms around it; scale the projector where the recipe asks for it."""
     if origins.converter is None or origins.source_projector is None or origins.source_words is None:
         return
     model.eval()
-    visual = model.vpg(features([Group(i, 0, ()) for i in range(16)]))
+    visual = model.vpg(validator.features([Group(i, 0, ()) for i in range(min(16, len(validator.data.records)))]))
     source = origins.source_projector.to(visual.device)
     before = norm_ratio(source(visual), origins.source_words)
     after = norm_ratio(model.projector(visual), model.llm.word_embeddings())
     if recipe.converter.match_prompt_norm:
         scale_(model.projector, before / after)
-        log.say(f"converter: projector scaled by {before / after:.3f} so that soft prompts keep their norm relative to words")
+        log.say(
+            f"converter: projector scaled by {before / after:.3f} so that soft prompts keep their norm relative to words"
+        )
         after = before
     log.say(outcome.converter_table(origins.converter, before, after))
     log.event("converter", step=0, prompt_norm_before=before, prompt_norm_after=after, **origins.converter.to_dict())
@@ -167,13 +186,27 @@ def _train_stage(this: Run, index: int, checkpoint: Path | None) -> None:
             progress.stage, progress.stage_done = index + 1, False
             return
     else:
-        progress.stage, progress.stage_pairs, progress.position, progress.best, progress.stale_evals = index, 0, None, None, 0
+        progress.stage, progress.stage_pairs, progress.position, progress.best, progress.stale_evals = (
+            index,
+            0,
+            None,
+            None,
+            0,
+        )
     order = _order(this, stage)
     total = stage.pairs or round(stage.epochs * order.epoch_pairs)
     log.say(outcome.freeze_table(this.model, this.origins, stage, order, total, recipe.stages))
     if not checkpoint:
         trainable = sum(p.numel() for p in tensors.values())
-        log.event("stage", stage=stage.name, index=index, step=progress.step, pairs=progress.pairs, trainable_parameters=trainable, stage_pairs=total)
+        log.event(
+            "stage",
+            stage=stage.name,
+            index=index,
+            step=progress.step,
+            pairs=progress.pairs,
+            trainable_parameters=trainable,
+            stage_pairs=total,
+        )
         if index == 0:
             _evaluate(this, index, stage)
     _loop(this, index, stage, order, optimizer, tensors, total)
@@ -190,7 +223,9 @@ def _order(this: Run, stage: Stage) -> UpdateOrder:
         subsets = _contiguous(subsets)
     position = Position(**this.progress.position) if this.progress.position else None
     captions_of = [len(ids) for ids in this.data.ids]
-    return UpdateOrder(captions_of, subsets, stage.batch_pairs, this.recipe.seed, this.recipe.data.captions_per_image, position)
+    return UpdateOrder(
+        captions_of, subsets, stage.batch_pairs, this.recipe.seed, this.recipe.data.captions_per_image, position
+    )
 
 
 def _contiguous(subsets: list[Subset]) -> list[Subset]:
@@ -204,10 +239,14 @@ def _contiguous(subsets: list[Subset]) -> list[Subset]:
     return [Subset(s.start, s.stop, s.stop - s.start) for s in merged]
 
 
-def _loop(this: Run, index: int, stage: Stage, order: UpdateOrder, optimizer, tensors: dict[str, Tensor], total: int) -> None:
+def _loop(
+    this: Run, index: int, stage: Stage, order: UpdateOrder, optimizer, tensors: dict[str, Tensor], total: int
+) -> None:
     recipe, progress, runtime = this.recipe, this.progress, this.runtime
     parameters = list(tensors.values())
-    losses = torch.zeros(2, dtype=torch.float64, device=runtime.device)  # sum over the updates since the last log, and their number
+    losses = torch.zeros(
+        2, dtype=torch.float64, device=runtime.device
+    )  # sum over the updates since the last log, and their number
     skipped_in_a_row = torch.zeros((), device=runtime.device)
     next_eval = _next(progress.stage_pairs, stage.eval_every_pairs)
     next_save = _next(progress.stage_pairs, recipe.output.checkpoint_every_pairs)
@@ -226,7 +265,10 @@ def _loop(this: Run, index: int, stage: Stage, order: UpdateOrder, optimizer, te
         loss = _accumulate(this, batches, parameters)
         norm = clip_(parameters, stage.optimizer.clip_norm)
         bad = 1.0 - torch.isfinite(norm + loss).float()
-        optimizer.found_inf, optimizer.grad_scale = bad, None  # a fused AdamW leaves everything as it is where this is 1
+        optimizer.found_inf, optimizer.grad_scale = (
+            bad,
+            None,
+        )  # a fused AdamW leaves everything as it is where this is 1
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         skipped_in_a_row = (skipped_in_a_row + 1) * bad
@@ -246,7 +288,9 @@ def _loop(this: Run, index: int, stage: Stage, order: UpdateOrder, optimizer, te
             next_eval = _next(progress.stage_pairs, stage.eval_every_pairs)
             started = time.perf_counter()
             if enough:
-                this.log.say(f"{stage.name}: {stage.patience} evaluations without a better {recipe.evaluation.select}; the stage ends here")
+                this.log.say(
+                    f"{stage.name}: {stage.patience} evaluations without a better {recipe.evaluation.select}; the stage ends here"
+                )
                 break
         if not is_last and progress.stage_pairs >= next_save:
             progress.seconds += time.perf_counter() - started
@@ -274,16 +318,25 @@ def _accumulate(this: Run, batches: list[PackedBatch], parameters: list[Tensor])
     return total
 
 
-def _log_train(this: Run, index: int, stage: Stage, losses: Tensor, norm: Tensor, skipped_in_a_row: Tensor, rate: float, total: int) -> None:
+def _log_train(
+    this: Run, index: int, stage: Stage, losses: Tensor, norm: Tensor, skipped_in_a_row: Tensor, rate: float, total: int
+) -> None:
     progress, log = this.progress, this.log
     loss_sum, counted, skipped, grad_norm = (*losses.tolist(), skipped_in_a_row.item(), norm.item())
     losses.zero_()
     updates = this.recipe.output.log_every_updates
     if counted < updates and skipped:
         progress.skipped += int(skipped)
-        log.warn("update_skipped", f"non-finite loss or gradient; {progress.skipped} updates skipped so far", step=progress.step, value=skipped)
+        log.warn(
+            "update_skipped",
+            f"non-finite loss or gradient; {progress.skipped} updates skipped so far",
+            step=progress.step,
+            value=skipped,
+        )
     if skipped >= this.recipe.output.max_skipped_updates:
-        raise RunStopped(f"{int(skipped)} updates in a row were not finite, the last at update {progress.step}; lower the learning rate, or use precision=fp32")
+        raise RunStopped(
+            f"{int(skipped)} updates in a row were not finite, the last at update {progress.step}; lower the learning rate, or use precision=fp32"
+        )
     loss = loss_sum / max(counted, 1)
     speed = progress.pairs / max(progress.seconds, 1e-9)
     hours = progress.seconds * this.runtime.world_size / 3600
@@ -304,9 +357,15 @@ def _evaluate(this: Run, index: int, stage: Stage) -> bool:
     progress, settings = this.progress, this.recipe.evaluation
     scores: dict[str, float] = {"val_loss": this.validator.loss(this.model)}
     every = settings.generate_every_pairs
-    if settings.generate_images and every and (progress.pairs == 0 or progress.pairs // every > (progress.pairs - stage.batch_pairs) // every):
+    if (
+        settings.generate_images
+        and every
+        and (progress.pairs == 0 or progress.pairs // every > (progress.pairs - stage.batch_pairs) // every)
+    ):
         scores.update(this.validator.captions(this.model)[0])
-    this.log.event("eval", stage=stage.name, step=progress.step, pairs=progress.pairs, seconds=progress.seconds, **scores)
+    this.log.event(
+        "eval", stage=stage.name, step=progress.step, pairs=progress.pairs, seconds=progress.seconds, **scores
+    )
     this.watch.validation_loss(index, scores["val_loss"], progress.step)
     if settings.select in scores:
         score = scores[settings.select] if settings.select == "val_loss" else -scores[settings.select]
@@ -326,13 +385,24 @@ def _save(this: Run, order: UpdateOrder, optimizer) -> None:
     }  # fmt: skip
     if this.runtime.is_main:
         folder, keep = this.recipe.output.folder / "checkpoints", this.recipe.output.keep_checkpoints
-        save_checkpoint(folder, this.progress.step, _trained_so_far(this, this.progress.stage), optimizer, asdict(this.progress), keep)
+        save_checkpoint(
+            folder,
+            this.progress.step,
+            _trained_so_far(this, this.progress.stage),
+            optimizer,
+            asdict(this.progress),
+            keep,
+        )
 
 
 def _trained_so_far(this: Run, index: int) -> dict[str, Tensor]:
     """Every tensor that this stage or an earlier one trains: what cannot be had from the inputs again."""
     with_vpg = any(s.trains == "vpg_and_projector" for s in this.recipe.stages[: index + 1])
-    return {k: p for k, p in this.model.named_parameters() if k.startswith("projector.") or (with_vpg and k.startswith("vpg."))}
+    return {
+        k: p
+        for k, p in this.model.named_parameters()
+        if k.startswith("projector.") or (with_vpg and k.startswith("vpg."))
+    }
 
 
 def _next(done: int, every: int | None) -> float:

@@ -31,7 +31,14 @@ def build_adamw(named: Iterable[tuple[str, nn.Parameter]], settings: Optimizer) 
 
 
 def learning_rate(
-    done: float, total: float, peak: float, *, schedule: str = "constant", minimum: float = 0.0, warmup: float = 0.0, warmup_start: float = 0.0
+    done: float,
+    total: float,
+    peak: float,
+    *,
+    schedule: str = "constant",
+    minimum: float = 0.0,
+    warmup: float = 0.0,
+    warmup_start: float = 0.0,
 ) -> float:
     """The rate of the update that starts after `done` of `total` (pairs or steps): linear warm-up, then constant or cosine to `minimum`."""
     if done < warmup:

@@ -31,7 +31,9 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def freeze_table(model: VisionLanguageModel, origins: Origins, stage: Stage, order: UpdateOrder, pairs: int, stages: list[Stage]) -> Table:
+def freeze_table(
+    model: VisionLanguageModel, origins: Origins, stage: Stage, order: UpdateOrder, pairs: int, stages: list[Stage]
+) -> Table:
     """What trains and what is frozen in a stage, how many parameters, and where each part came from."""
     updates = -(-pairs // stage.batch_pairs)
     number = [s.name for s in stages].index(stage.name) + 1
@@ -88,11 +90,21 @@ def print_savings(log: RunLog, recipe: TransferRecipe, model: VisionLanguageMode
     cached = data.vision_cache
     augmented = data.transform == "train"
     rows = [
-        ("one image, one encoding", grouped, dropout == 0 and not augmented, f"captions_per_image={data.captions_per_image}; dropout and view are shared by the group"),
+        (
+            "one image, one encoding",
+            grouped,
+            dropout == 0 and not augmented,
+            f"captions_per_image={data.captions_per_image}; dropout and view are shared by the group",
+        ),
         ("shared visual prefix", grouped, True, "one prefix a group; each caption sees it and itself"),
         ("no padding", True, True, f"rows of {data.row_tokens} tokens, best fit"),
         ("only supervised positions reach the head", True, True, "always on"),
-        ("vision cache", cached, not augmented, f"{data.views} stored view(s)" if cached else "data.vision_cache is off"),
+        (
+            "vision cache",
+            cached,
+            not augmented,
+            f"{data.views} stored view(s)" if cached else "data.vision_cache is off",
+        ),
     ]
     table = Table(title="savings", title_justify="left")
     for column in ("saving", "on", "exact", "why"):
@@ -104,7 +116,9 @@ def print_savings(log: RunLog, recipe: TransferRecipe, model: VisionLanguageMode
 
 def report_refusals(log: RunLog, folder: Path, captions: CaptionSet) -> None:
     """One line, and `refused-NAME.json` where anything was refused."""
-    log.say(f"{captions.name}: {len(captions.records):,} images, {captions.caption_count:,} captions; {captions.refused.summary()}")
+    log.say(
+        f"{captions.name}: {len(captions.records):,} images, {captions.caption_count:,} captions; {captions.refused.summary()}"
+    )
     if captions.refused.named and log.enabled:
         captions.refused.write_json(folder / f"refused-{captions.name}.json")
 
@@ -155,12 +169,18 @@ def finish(this: Run) -> dict[str, Any]:
         "generation": recipe.evaluation.generate.model_dump(),
         "versions": {name: version(name) for name in ("torch", "transformers", "vpgtrans")},
     }  # fmt: skip
-    log.event("end", step=progress.step, pairs=progress.pairs, seconds=progress.seconds, final_val_loss=final_loss, **scores)
+    log.event(
+        "end", step=progress.step, pairs=progress.pairs, seconds=progress.seconds, final_val_loss=final_loss, **scores
+    )
     if this.runtime.is_main:
         write_json(folder / "summary.json", summary)
     shown = "  ".join(f"{k} {v:.3f}" for k, v in scores.items())
-    log.say(f"{recipe.name}: validation loss {final_loss:.4f} (best {summary['best_val_loss']:.4f} at {progress.best_pairs:,} pairs)  {shown}")
-    log.say(f"{progress.pairs:,} pairs in {duration(progress.seconds)}; wrote {folder}/model, summary.json, log.jsonl, captions.json, samples.json")
+    log.say(
+        f"{recipe.name}: validation loss {final_loss:.4f} (best {summary['best_val_loss']:.4f} at {progress.best_pairs:,} pairs)  {shown}"
+    )
+    log.say(
+        f"{progress.pairs:,} pairs in {duration(progress.seconds)}; wrote {folder}/model, summary.json, log.jsonl, captions.json, samples.json"
+    )
     return summary
 
 
@@ -175,5 +195,6 @@ def _samples(this: Run, captions: list[dict[str, Any]]) -> list[dict[str, Any]]:
     texts = {c["image_id"]: c["caption"] for c in captions}
     records = [r for r in this.validator.data.records if r.image_id in texts][: this.recipe.evaluation.samples]
     return [
-        {"image_id": r.image_id, "file": str(r.path.resolve()), "references": r.captions, "caption": texts[r.image_id]} for r in records
+        {"image_id": r.image_id, "file": str(r.path.resolve()), "references": r.captions, "caption": texts[r.image_id]}
+        for r in records
     ]

@@ -66,8 +66,13 @@ class ImageData(_Section):
     name: str = Field("train", pattern=r"^[A-Za-z0-9_.-]+$")
     captions: RecipePath
     images: RecipePath
-    weight: float | None = Field(None, gt=0.0, description="share of pairs when sets are mixed; none: sets are joined and each image comes once an epoch")
-    limit: Positive | None = Field(None, description="use only the first N images")
+    weight: float | None = Field(
+        None,
+        gt=0.0,
+        description="share of pairs when sets are mixed; none: sets are joined and each image comes once an epoch",
+    )
+    skip: NonNegative = Field(0, description="leave out the first N images")
+    limit: Positive | None = Field(None, description="use at most N images after those skipped")
 
 
 class TransferData(_Section):
@@ -78,8 +83,12 @@ class TransferData(_Section):
     row_tokens: Positive = Field(512, description="token budget of one packed row")
     rows_per_micro_batch: Positive = 8
     transform: Literal["train", "eval"] = "train"
-    views: Positive = Field(1, description="stored augmented views an image when the vision cache is on and transform is 'train'")
-    vision_cache: bool = Field(False, description="compute the frozen tower once an image (and view) and memory-map its outputs")
+    views: Positive = Field(
+        1, description="stored augmented views an image when the vision cache is on and transform is 'train'"
+    )
+    vision_cache: bool = Field(
+        False, description="compute the frozen tower once an image (and view) and memory-map its outputs"
+    )
     verify_images: Literal["none", "header", "full"] = "header"
 
 
@@ -100,17 +109,23 @@ class QFormerConfig(_Section):
     num_query_tokens: Positive = 32
     dropout: Fraction = Field(0.1, description="hidden and attention dropout while the Q-Former trains")
     layer_norm_eps: Rate = 1e-12
-    initializer_range: Rate = Field(0.02, description="deviation of random weights and query tokens; BERT's for width 768")
+    initializer_range: Rate = Field(
+        0.02, description="deviation of random weights and query tokens; BERT's for width 768"
+    )
 
     @model_validator(mode="after")
     def _heads_divide(self) -> QFormerConfig:
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"num_attention_heads: expected a divisor of hidden_size {self.hidden_size}, got {self.num_attention_heads}")
+            raise ValueError(
+                f"num_attention_heads: expected a divisor of hidden_size {self.hidden_size}, got {self.num_attention_heads}"
+            )
         return self
 
 
 class Target(_Section):
-    llm: Annotated[str, BeforeValidator(_resolve_or_hub)] = Field(description="folder or hub id of a decoder-only language model")
+    llm: Annotated[str, BeforeValidator(_resolve_or_hub)] = Field(
+        description="folder or hub id of a decoder-only language model"
+    )
 
 
 class Source(_Section):
@@ -124,12 +139,16 @@ class Converter(_Section):
     """The word converter (REFERENCE.md section 2): `ridge` closed form, `sgd_cosine` as in the paper, `identity` where embeddings agree."""
 
     method: Literal["ridge", "sgd_cosine"] = "ridge"
-    held_out: Fraction = Field(0.1, description="share of the shared tokens kept for choosing the ridge and judging the converter")
+    held_out: Fraction = Field(
+        0.1, description="share of the shared tokens kept for choosing the ridge and judging the converter"
+    )
     ridges: list[Rate] = Field(default_factory=lambda: [10.0**k for k in range(-6, 4)])
     sgd_learning_rate: Rate = 5.0
     sgd_steps: Positive = 2000
     sgd_batch_tokens: Positive = 4096
-    match_prompt_norm: bool = Field(False, description="scale the merged projector so that soft prompts keep their norm relative to words")
+    match_prompt_norm: bool = Field(
+        False, description="scale the merged projector so that soft prompts keep their norm relative to words"
+    )
 
 
 class Stage(_Section):
@@ -144,10 +163,14 @@ class Stage(_Section):
     epochs: float | None = Field(None, gt=0.0)
     pairs: Positive | None = None
     batch_pairs: Positive = Field(1728, description="pairs in one update, over all ranks and micro-batches")
-    frozen_dropout: bool = Field(False, description="the reference runs frozen parts with dropout on; off allows their outputs to be reused")
+    frozen_dropout: bool = Field(
+        False, description="the reference runs frozen parts with dropout on; off allows their outputs to be reused"
+    )
     optimizer: Optimizer = Optimizer()
     eval_every_pairs: Positive | None = None
-    patience: Positive | None = Field(None, description="end the stage after this many evaluations without a better validation score")
+    patience: Positive | None = Field(
+        None, description="end the stage after this many evaluations without a better validation score"
+    )
 
     @model_validator(mode="after")
     def _one_length(self) -> Stage:
@@ -175,8 +198,12 @@ class Generation(_Section):
 class Evaluation(_Section):
     batch_images: Positive = 32
     generate: Generation = Generation()
-    generate_images: NonNegative = Field(200, description="validation images captioned and scored at the end; 0 for none")
-    generate_every_pairs: Positive | None = Field(None, description="also score captions during training, for score curves")
+    generate_images: NonNegative = Field(
+        200, description="validation images captioned and scored at the end; 0 for none"
+    )
+    generate_every_pairs: Positive | None = Field(
+        None, description="also score captions during training, for score curves"
+    )
     questions: RecipePath | None = Field(None, description="official VQA questions of the validation images")
     answers: RecipePath | None = None
     attributes: bool = Field(False, description="miniature world only: share of captions with every attribute right")
@@ -197,12 +224,16 @@ class Output(_Section):
     log_every_updates: Positive = 10
     max_skipped_updates: Positive = Field(5, description="stop after this many non-finite updates in a row")
     tensorboard: bool = True
-    cache: RecipePath | None = Field(None, description="vision caches, keyed by content; default: `cache` beside output.folder")
+    cache: RecipePath | None = Field(
+        None, description="vision caches, keyed by content; default: `cache` beside output.folder"
+    )
 
 
 class _Recipe(_Section):
     name: str
-    inputs_from: str | None = Field(None, description="the command that makes the input files; named when one is missing")
+    inputs_from: str | None = Field(
+        None, description="the command that makes the input files; named when one is missing"
+    )
     seed: NonNegative = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on a GPU, fp32 on the CPU")
@@ -225,9 +256,13 @@ class TransferRecipe(_Recipe):
 
     @model_validator(mode="after")
     def _consistent(self) -> TransferRecipe:
-        needs_vlm = "vlm" in (self.initialise.vpg, self.initialise.projector) or self.initialise.projector == "converter"
+        needs_vlm = (
+            "vlm" in (self.initialise.vpg, self.initialise.projector) or self.initialise.projector == "converter"
+        )
         if needs_vlm and self.source.vlm is None:
-            raise ValueError("source.vlm: expected the run to inherit from, because initialise asks for it; got nothing")
+            raise ValueError(
+                "source.vlm: expected the run to inherit from, because initialise asks for it; got nothing"
+            )
         if self.initialise.vpg == "vpg" and self.source.vpg is None:
             raise ValueError("source.vpg: expected a pre-trained VPG, because initialise.vpg is 'vpg'; got nothing")
         if self.initialise.vpg == "random" and self.qformer is None:
@@ -239,7 +274,9 @@ class TransferRecipe(_Recipe):
             raise ValueError(f"data.train: expected distinct names, got {names}")
         for index, stage in enumerate(self.stages):
             if unknown := [n for n in stage.data or [] if n not in names]:
-                raise ValueError(f"stages.{index}.data: expected names of data.train ({', '.join(names)}), got {unknown[0]!r}")
+                raise ValueError(
+                    f"stages.{index}.data: expected names of data.train ({', '.join(names)}), got {unknown[0]!r}"
+                )
             chosen = [s.weight for s in self.data.train if s.name in (stage.data or names)]
             if any(chosen) and not all(chosen):
                 raise ValueError(f"stages.{index}: expected a weight for all of its training sets or for none")
@@ -264,8 +301,12 @@ class TextData(_Section):
     val_images: Positive = Field(200, description="this many images' captions are kept for validation")
     captions_per_document: tuple[Positive, Positive] = (2, 5)
     questions_per_document: tuple[NonNegative, NonNegative] = (0, 0)
-    bos_between_captions: Fraction = Field(0.5, description="share of captions inside a document that begin with BOS, as after a visual prompt")
-    repeat_captions: Fraction = Field(0.0, description="chance that the next caption repeats one verbatim: copying is learned from it first")
+    bos_between_captions: Fraction = Field(
+        0.5, description="share of captions inside a document that begin with BOS, as after a visual prompt"
+    )
+    repeat_captions: Fraction = Field(
+        0.0, description="chance that the next caption repeats one verbatim: copying is learned from it first"
+    )
     max_text_tokens: Positive = 32
 
 
@@ -287,8 +328,13 @@ class PretrainSchedule(_Section):
 class LMRecipe(_Recipe):
     kind: Literal["lm"]
     tokenizer: TrainTokenizer | RecipePath
-    trim_vocabulary: NonNegative = Field(0, description="keep only tokens that occur this often in the corpus (0: all); the real ids stay in real_ids.json")
-    model: dict[str, Any] = Field(description="a transformers config: model_type and its sizes; vocabulary and special ids are filled in")
+    trim_vocabulary: NonNegative = Field(
+        0,
+        description="keep only tokens that occur this often in the corpus (0: all); the real ids stay in real_ids.json",
+    )
+    model: dict[str, Any] = Field(
+        description="a transformers config: model_type and its sizes; vocabulary and special ids are filled in"
+    )
     data: TextData
     schedule: PretrainSchedule
 
@@ -328,10 +374,20 @@ class VPGRecipe(_Recipe):
 
 
 Recipe = TransferRecipe | LMRecipe | VisionRecipe | VPGRecipe
-_KINDS: dict[str, type[_Recipe]] = {"transfer": TransferRecipe, "lm": LMRecipe, "vision": VisionRecipe, "vpg": VPGRecipe}
+_KINDS: dict[str, type[_Recipe]] = {
+    "transfer": TransferRecipe,
+    "lm": LMRecipe,
+    "vision": VisionRecipe,
+    "vpg": VPGRecipe,
+}
 
 
-def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = (), kinds: tuple[str, ...] | None = None, check_files: bool = True) -> Recipe:
+def load_recipe(
+    path: str | Path,
+    overrides: list[str] | tuple[str, ...] = (),
+    kinds: tuple[str, ...] | None = None,
+    check_files: bool = True,
+) -> Recipe:
     """Read, override and validate a recipe, and check that every file that it names as an input exists.
 
     overrides: `section.key=value`, values in YAML.  kinds: the kinds that the caller can run.  check_files: false for a plan whose inputs are
@@ -361,8 +417,12 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else [], 1)
-        raise RecipeError(f"{path}: expected a recipe file, found none" + (f"; did you mean {path.parent / near[0]}?" if near else ""))
+        near = difflib.get_close_matches(
+            path.name, [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else [], 1
+        )
+        raise RecipeError(
+            f"{path}: expected a recipe file, found none" + (f"; did you mean {path.parent / near[0]}?" if near else "")
+        )
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
@@ -439,7 +499,9 @@ def _expand(value: Any, where: str) -> Any:
     if isinstance(value, str):
         for name in re.findall(r"\$\{(\w+)\}", value):
             if name not in os.environ:
-                raise RecipeError(f"{where}: expected the environment variable {name} (in {value!r}), which is not set; set it or override {where}")
+                raise RecipeError(
+                    f"{where}: expected the environment variable {name} (in {value!r}), which is not set; set it or override {where}"
+                )
             expanded = value.replace(f"${{{name}}}", os.environ[name])
             if isinstance(value, _FromFile):
                 expanded = _FromFile(expanded)
@@ -449,7 +511,11 @@ def _expand(value: Any, where: str) -> Any:
 
 
 def _explain(error: Any, model: type[BaseModel]) -> str:
-    location = [p for p in error["loc"] if not isinstance(p, str) or p not in ("TrainTokenizer", "path", "constrained-int") or p == error["loc"][0]]
+    location = [
+        p
+        for p in error["loc"]
+        if not isinstance(p, str) or p not in ("TrainTokenizer", "path", "constrained-int") or p == error["loc"][0]
+    ]
     key = ".".join(str(p) for p in location)
     if error["type"] == "extra_forbidden":
         known = _keys_at(model, location[:-1])
@@ -490,11 +556,15 @@ def _check_files(recipe: Any, where: str) -> None:
     """Every path that names an input must exist now, not an hour into the run."""
     for key, value in _paths(recipe, ""):
         if not key.startswith("output.") and not value.exists():
-            near = difflib.get_close_matches(value.name, [p.name for p in value.parent.iterdir()] if value.parent.is_dir() else [], 1)
+            near = difflib.get_close_matches(
+                value.name, [p.name for p in value.parent.iterdir()] if value.parent.is_dir() else [], 1
+            )
             hint = f"; did you mean {value.parent / near[0]}?" if near else ""
             if recipe.inputs_from:
                 hint = f"; make it with `{recipe.inputs_from}`"
-            raise RecipeError(f"{where}: {key}: expected an existing file or folder, found none at {str(value)!r}{hint}")
+            raise RecipeError(
+                f"{where}: {key}: expected an existing file or folder, found none at {str(value)!r}{hint}"
+            )
 
 
 def _paths(section: Any, where: str) -> typing.Iterator[tuple[str, Path]]:

@@ -17,7 +17,15 @@ PLAIN_LINE_SECONDS = 10.0
 class RunLog:
     """Append events to `folder/log.jsonl`; mirror numbers to TensorBoard; show progress.  Ranks other than 0 write nothing."""
 
-    def __init__(self, folder: Path, *, enabled: bool = True, tensorboard: bool = False, resume_at: int | None = None, name: str = "log.jsonl"):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        enabled: bool = True,
+        tensorboard: bool = False,
+        resume_at: int | None = None,
+        name: str = "log.jsonl",
+    ):
         """resume_at: drop events beyond this update, which a killed run wrote after its last checkpoint; None starts a new log."""
         self.folder = folder
         self.enabled = enabled

@@ -39,7 +39,11 @@ class Runtime:
         return value
 
     def describe(self) -> str:
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"cpu, {torch.get_num_threads()} thread(s)"
+        name = (
+            torch.cuda.get_device_name(self.device)
+            if self.device.type == "cuda"
+            else f"cpu, {torch.get_num_threads()} thread(s)"
+        )
         return f"{name} x {self.world_size}, {str(self.compute_dtype).removeprefix('torch.')}"
 
 
@@ -53,13 +57,19 @@ def start(device: str = "auto", precision: str = "auto", threads: int | None = N
     if device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("device: expected a CUDA GPU, found none; set device=cpu or device=auto")
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    world_size, rank, local_rank = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
+    world_size, rank, local_rank = (
+        int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0))
+    )
     target = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
         torch.cuda.set_device(target)
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": torch.bfloat16 if kind == "cuda" else torch.float32}[precision]
+    dtype = {
+        "fp32": torch.float32,
+        "bf16": torch.bfloat16,
+        "auto": torch.bfloat16 if kind == "cuda" else torch.float32,
+    }[precision]
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

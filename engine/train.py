@@ -13,14 +13,17 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-if __package__ in (None, ""):  # `torchrun engine/train.py` puts engine/ itself on the path; its modules belong to the package
+if __package__ in (
+    None,
+    "",
+):  # `torchrun engine/train.py` puts engine/ itself on the path; its modules belong to the package
     sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]
     from vpgtrans.engine.train import main
 
     if __name__ == "__main__":
         sys.exit(main())
 
-from .recipe import RecipeError, TransferRecipe, load_recipe
+from .recipe import RecipeError, load_recipe
 
 USAGE = "usage: train.py RECIPE.yaml [section.key=value ...]"
 

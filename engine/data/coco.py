@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..recipe import ImageData
 from .captions import preprocess_caption, preprocess_question
 from .images import PIXEL_LIMIT
 from .reading import (
@@ -83,6 +84,19 @@ class QuestionSet:
     name: str
     records: list[QuestionRecord]
     refused: RefusalReport
+
+
+def read_image_data(entry: ImageData, verify_images: VerifyImages, name: str | None = None) -> CaptionSet:
+    """The captioned images that a recipe's `data` entry names; raises DataError as `read_captions`."""
+    limit = None if entry.limit is None else entry.skip + entry.limit
+    found = read_captions(
+        entry.captions, entry.images, name=name or entry.name, verify_images=verify_images, limit=limit
+    )
+    if entry.skip >= len(found.records):
+        raise DataError(
+            f"skip: expected less than the {len(found.records):,} images of {entry.captions}, got {entry.skip}"
+        )
+    return CaptionSet(found.name, found.records[entry.skip :], found.refused)
 
 
 def read_captions(

@@ -67,7 +67,15 @@ class CachedFeatures:
 
 
 def open_features(
-    data: CaptionData, tower: VisionTower, *, transform: str, seed: int, runtime: Runtime, cache_root: Path | None, views: int = 1, log: RunLog
+    data: CaptionData,
+    tower: VisionTower,
+    *,
+    transform: str,
+    seed: int,
+    runtime: Runtime,
+    cache_root: Path | None,
+    views: int = 1,
+    log: RunLog,
 ) -> FeatureSource:
     """Live features, or, with `cache_root`, the cache of this tower and data, built first where it is missing.
 
@@ -114,7 +122,15 @@ def _cache_key(data: CaptionData, tower: VisionTower, transform: str, seed: int,
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     # The random views depend on the seed; the eval transform does not.
-    settings = [tower.image_size, transform, seed if transform == "train" else None, views, str(dtype), tower.norm.mean, tower.norm.std]
+    settings = [
+        tower.image_size,
+        transform,
+        seed if transform == "train" else None,
+        views,
+        str(dtype),
+        tower.norm.mean,
+        tower.norm.std,
+    ]
     digest.update(json.dumps(settings).encode())
     for record in data.records:
         stat = record.path.stat()

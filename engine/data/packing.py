@@ -37,12 +37,18 @@ class CaptionData:
 
 def tokenize(captions: CaptionSet, llm: LanguageModel, max_tokens: int) -> CaptionData:
     """Token ids of every caption, made once."""
-    return CaptionData(captions.name, captions.records, [[llm.caption_ids(c, max_tokens) for c in r.captions] for r in captions.records])
+    return CaptionData(
+        captions.name,
+        captions.records,
+        [[llm.caption_ids(c, max_tokens) for c in r.captions] for r in captions.records],
+    )
 
 
 def join(sets: Sequence[CaptionData]) -> CaptionData:
     """Several sets as one, in order."""
-    return CaptionData("+".join(s.name for s in sets), [r for s in sets for r in s.records], [i for s in sets for i in s.ids])
+    return CaptionData(
+        "+".join(s.name for s in sets), [r for s in sets for r in s.records], [i for s in sets for i in s.ids]
+    )
 
 
 @dataclass(frozen=True)
@@ -191,7 +197,13 @@ class _Segment:
 
 
 def pack_update(
-    groups: list[Group], data: CaptionData, queries: int, row_tokens: int, rows_per_batch: int, pad: int, fixed_shape: bool = False
+    groups: list[Group],
+    data: CaptionData,
+    queries: int,
+    row_tokens: int,
+    rows_per_batch: int,
+    pad: int,
+    fixed_shape: bool = False,
 ) -> list[PackedBatch]:
     """Best-fit the groups of an update into rows of `row_tokens`, and the rows into micro-batches of `rows_per_batch`.
 
@@ -228,7 +240,9 @@ def _segments(index: int, group: Group, data: CaptionData, queries: int, row_tok
     return [*segments, _Segment(index, tuple(captions), length)]
 
 
-def _build(rows: list[list[_Segment]], groups: list[Group], data: CaptionData, queries: int, width: int | None, pad: int) -> PackedBatch:
+def _build(
+    rows: list[list[_Segment]], groups: list[Group], data: CaptionData, queries: int, width: int | None, pad: int
+) -> PackedBatch:
     width = width or max(sum(s.length for s in row) for row in rows)
     used = sorted({s.group for row in rows for s in row})
     place = {group: index for index, group in enumerate(used)}

@@ -1,7 +1,7 @@
-"""The miniature world: rendered scenes of two coloured shapes, their captions and their questions, written as a user's own data would be.
+"""The miniature world: rendered scenes of a coloured shape and a landmark, their captions and questions, written as a user's own data would be.
 
-A scene is two objects (size, colour, shape) in a spatial relation on a background.  Every caption states all of it in one of many
-paraphrases, so a caption can be parsed back and judged attribute by attribute.  On disk it is COCO: JPEG files, a captions file and
+A scene is a thing (size, colour, shape) in a spatial relation to a brown landmark on a background.  Every caption states all of it in one of
+many paraphrases, so a caption can be parsed back and judged attribute by attribute.  On disk it is COCO: JPEG files, a captions file and
 official-format VQA files for each split, and captions without images for training language models.
 
     vpgtrans scenes OUT --train 6000 --source 6000 --val 500 --text 16000
@@ -27,9 +27,15 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "cyan": (60, 200, 215),
     "pink": (245, 130, 180),
 }
-SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+SHAPES = ("circle", "square", "triangle", "star")
+LANDMARKS = ("ring", "cross", "diamond", "bar")
+BROWN = (150, 95, 50)
 SIZES = ("small", "large")
-BACKGROUNDS: dict[str, tuple[int, int, int]] = {"white": (245, 245, 245), "black": (25, 25, 25), "grey": (135, 135, 135)}
+BACKGROUNDS: dict[str, tuple[int, int, int]] = {
+    "white": (245, 245, 245),
+    "black": (25, 25, 25),
+    "grey": (135, 135, 135),
+}
 RELATIONS: dict[str, tuple[str, ...]] = {
     "left": ("left of", "to the left of"),
     "right": ("right of", "to the right of"),
@@ -38,46 +44,38 @@ RELATIONS: dict[str, tuple[str, ...]] = {
 }
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 
-_OBJECT = re.compile(rf"\b({'|'.join(SIZES)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})\b")
+_THING = re.compile(rf"\b({'|'.join(SIZES)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})\b")
+_LANDMARK = re.compile(rf"\b({'|'.join(LANDMARKS)})\b")
 _BACKGROUND = re.compile(rf"\bon (?:a )?({'|'.join(BACKGROUNDS)})\b")
 _RELATION = re.compile(r"\b(left of|right of|above|on top of|below|under)\b")
-_RELATION_OF = {"left of": "left", "right of": "right", "above": "above", "on top of": "above", "below": "below", "under": "below"}
-
-
-@dataclass(frozen=True)
-class Thing:
-    """One object of a scene, in canonical words."""
-
-    size: str
-    colour: str
-    shape: str
+_RELATION_OF = {
+    "left of": "left",
+    "right of": "right",
+    "above": "above",
+    "on top of": "above",
+    "below": "below",
+    "under": "below",
+}
 
 
 @dataclass(frozen=True)
 class Scene:
-    """`first` is `relation` of `second`, e.g. first is left of second; on `background`."""
+    """A thing of `size`, `colour` and `shape` that is `relation` of a brown `landmark`, on `background`."""
 
-    first: Thing
-    second: Thing
+    size: str
+    colour: str
+    shape: str
     relation: str
+    landmark: str
     background: str
-
-    def canonical(self) -> Scene:
-        """The same scene told from a fixed side, so that equal pictures compare equal."""
-        if self.relation in ("left", "above"):
-            return self
-        return Scene(self.second, self.first, OPPOSITE[self.relation], self.background)
 
 
 def random_scene(rng: np.random.Generator) -> Scene:
-    """A scene whose two objects differ in colour or shape, so that questions have one answer."""
-    while True:
-        first, second = (
-            Thing(_pick(rng, SIZES), _pick(rng, tuple(COLOURS)), _pick(rng, SHAPES)) for _ in range(2)
-        )
-        if (first.colour, first.shape) != (second.colour, second.shape):
-            break
-    return Scene(first, second, _pick(rng, tuple(RELATIONS)), _pick(rng, tuple(BACKGROUNDS)))
+    """Every attribute drawn on its own: 3,072 different scenes."""
+    return Scene(
+        _pick(rng, SIZES), _pick(rng, tuple(COLOURS)), _pick(rng, SHAPES), _pick(rng, tuple(RELATIONS)), _pick(rng, LANDMARKS),
+        _pick(rng, tuple(BACKGROUNDS)),
+    )  # fmt: skip
 
 
 def _pick(rng: np.random.Generator, options: tuple[str, ...]) -> str:
@@ -85,30 +83,33 @@ def _pick(rng: np.random.Generator, options: tuple[str, ...]) -> str:
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """One paraphrase that states every attribute of the scene."""
-    if rng.random() < 0.5:
-        scene = Scene(scene.second, scene.first, OPPOSITE[scene.relation], scene.background)
-    first, second = (f"a {t.size} {t.colour} {t.shape}" for t in (scene.first, scene.second))
-    relation, ground = _pick(rng, RELATIONS[scene.relation]), scene.background
+    """One paraphrase that states every attribute of the scene, from the thing's side or from the landmark's."""
+    first, second, relation = f"a {scene.size} {scene.colour} {scene.shape}", f"a {scene.landmark}", scene.relation
+    if rng.random() < 0.3:
+        first, second, relation = second, first, OPPOSITE[relation]
+    stated, ground = _pick(rng, RELATIONS[relation]), scene.background
     return _pick(
         rng,
         (
-            f"{first} {relation} {second} on {ground}",
-            f"{first} is {relation} {second} on {ground}",
-            f"on {ground} {first} is {relation} {second}",
-            f"there is {first} {relation} {second} on a {ground} background",
+            f"{first} {stated} {second} on {ground}",
+            f"{first} is {stated} {second} on {ground}",
+            f"on {ground} {first} is {stated} {second}",
+            f"there is {first} {stated} {second} on a {ground} background",
         ),
     )
 
 
 def parse_caption(text: str) -> Scene | None:
-    """The scene that a caption states, canonical; None when it does not state exactly one scene."""
-    objects = [Thing(*found) for found in _OBJECT.findall(text)]
-    relations = _RELATION.findall(text)
-    grounds = _BACKGROUND.findall(text)
-    if len(objects) != 2 or len(relations) != 1 or len(grounds) != 1:
+    """The scene that a caption states; None when it does not state exactly one scene."""
+    things, landmarks, relations, grounds = (
+        found.findall(text) for found in (_THING, _LANDMARK, _RELATION, _BACKGROUND)
+    )
+    if any(len(found) != 1 for found in (things, landmarks, relations, grounds)):
         return None
-    return Scene(objects[0], objects[1], _RELATION_OF[relations[0]], grounds[0]).canonical()
+    relation = _RELATION_OF[relations[0]]
+    if text.index(landmarks[0]) < text.index(" ".join(things[0])):
+        relation = OPPOSITE[relation]
+    return Scene(*things[0], relation, landmarks[0], grounds[0])
 
 
 def attributes_right(candidate: str, references: list[str]) -> bool:
@@ -120,46 +121,48 @@ def attributes_right(candidate: str, references: list[str]) -> bool:
         truth = parse_caption(reference)
         if truth is not None:
             return parse_caption(candidate) == truth
-    raise ValueError(f"references: expected miniature-world captions, got {references[:1]!r}; score attributes only on scenes")
+    raise ValueError(
+        f"references: expected miniature-world captions, got {references[:1]!r}; score attributes only on scenes"
+    )
 
 
 def questions(scene: Scene, rng: np.random.Generator, count: int = 3) -> list[tuple[str, str]]:
-    """Question-answer pairs with one right answer each, in official VQA wording (answers of one or two words)."""
-    a, b = scene.first, scene.second
-    found: list[tuple[str, str]] = [("what colour is the background?", scene.background)]
-    if a.shape != b.shape:
-        for thing in (a, b):
-            found.append((f"what colour is the {thing.shape}?", thing.colour))
-            found.append((f"what size is the {thing.shape}?", thing.size))
-        found.append((f"is the {a.shape} {RELATIONS[scene.relation][0]} the {b.shape}?", "yes"))
-        found.append((f"is the {b.shape} {RELATIONS[scene.relation][0]} the {a.shape}?", "no"))
-    if a.colour != b.colour:
-        for thing in (a, b):
-            found.append((f"what shape is the {thing.colour} object?", thing.shape))
-            found.append((f"what size is the {thing.colour} object?", thing.size))
-    order = rng.permutation(len(found))[:count]
-    return [found[int(i)] for i in order]
+    """Question-answer pairs with one right answer each (one word, as most of VQA's)."""
+    side = RELATIONS[scene.relation][0]
+    found = [
+        ("what colour is the background?", scene.background),
+        (f"what colour is the {scene.shape}?", scene.colour),
+        (f"what size is the {scene.shape}?", scene.size),
+        (f"what shape is the {scene.colour} thing?", scene.shape),
+        (f"what is beside the {scene.shape}?", scene.landmark),
+        (f"is the {scene.shape} {side} the {scene.landmark}?", "yes"),
+        (f"is the {scene.landmark} {side} the {scene.shape}?", "no"),
+    ]
+    return [found[int(i)] for i in rng.permutation(len(found))[:count]]
 
 
 def render(scene: Scene, rng: np.random.Generator, pixels: int = 64) -> Image.Image:
     """An RGB picture of the scene, `pixels` square, with jittered places, sizes and colours and a little noise."""
     scale = 3  # drawn three times larger and averaged down, so edges are smooth as in photographs
     side = pixels * scale
-    ground = np.array(BACKGROUNDS[scene.background]) + rng.integers(-12, 13, 3)
-    canvas = Image.new("RGB", (side, side), _rgb(ground))
+    ground = _rgb(np.array(BACKGROUNDS[scene.background]) + rng.integers(-12, 13, 3))
+    canvas = Image.new("RGB", (side, side), ground)
     draw = ImageDraw.Draw(canvas)
-    near, far = rng.uniform(0.24, 0.30), rng.uniform(0.70, 0.76)
+    near, far = rng.uniform(0.25, 0.29), rng.uniform(0.71, 0.75)
     across = rng.uniform(0.32, 0.68, 2)
-    if scene.relation in ("left", "right"):
-        places = [(near, across[0]), (far, across[1])]
-    else:
-        places = [(across[0], near), (across[1], far)]
+    places = (
+        [(near, across[0]), (far, across[1])]
+        if scene.relation in ("left", "right")
+        else [(across[0], near), (across[1], far)]
+    )
     if scene.relation in ("right", "below"):
         places.reverse()
-    for thing, (x, y) in zip((scene.first, scene.second), places, strict=True):
-        radius = side * (rng.uniform(0.095, 0.115) if thing.size == "small" else rng.uniform(0.185, 0.215))
-        colour = _rgb(np.array(COLOURS[thing.colour]) + rng.integers(-14, 15, 3))
-        _draw_shape(draw, thing.shape, x * side, y * side, radius, colour, _rgb(ground))
+    radius = rng.uniform(0.12, 0.135) if scene.size == "small" else rng.uniform(0.2, 0.225)
+    drawn = ((scene.shape, COLOURS[scene.colour], radius), (scene.landmark, BROWN, rng.uniform(0.15, 0.17)))
+    for (shape, colour, reach), (x, y) in zip(drawn, places, strict=True):
+        _draw_shape(
+            draw, shape, x * side, y * side, reach * side, _rgb(np.array(colour) + rng.integers(-14, 15, 3)), ground
+        )
     small = np.asarray(canvas.resize((pixels, pixels), Image.Resampling.BOX), dtype=np.int16)
     noisy = small + rng.normal(0, 4, small.shape).astype(np.int16)
     return Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8))
@@ -182,17 +185,27 @@ def _draw_shape(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: fl
     elif shape == "cross":
         draw.rectangle((x - r, y - 0.34 * r, x + r, y + 0.34 * r), fill=colour)
         draw.rectangle((x - 0.34 * r, y - r, x + 0.34 * r, y + r), fill=colour)
+    elif shape == "bar":
+        draw.rectangle((x - r, y - 0.3 * r, x + r, y + 0.3 * r), fill=colour)
+    elif shape == "diamond":
+        draw.polygon([(x, y - r), (x + 0.7 * r, y), (x, y + r), (x - 0.7 * r, y)], fill=colour)
     else:
-        points, inner = (3, 1.0) if shape == "triangle" else (5, 0.42)
-        corners = []
-        for i in range(points * (1 if inner == 1.0 else 2)):
-            angle = -np.pi / 2 + i * 2 * np.pi / (points if inner == 1.0 else 2 * points)
-            reach = r if inner == 1.0 or i % 2 == 0 else inner * r
-            corners.append((x + reach * 1.08 * np.cos(angle), y + reach * 1.08 * np.sin(angle)))
-        draw.polygon(corners, fill=colour)
+        draw.polygon(
+            _corners(x, y, 1.08 * r, 3 if shape == "triangle" else 5, 1.0 if shape == "triangle" else 0.42), fill=colour
+        )
 
 
-def write_world(out: Path, *, train: int, source: int, val: int, text: int, pixels: int = 64, seed: int = 0) -> dict[str, int]:
+def _corners(x: float, y: float, r: float, points: int, inner: float) -> list[tuple[float, float]]:
+    """A regular polygon (inner 1) or a star whose notches reach `inner` of its radius; the first corner is on top."""
+    count = points if inner == 1.0 else 2 * points
+    reach = [r if inner == 1.0 or i % 2 == 0 else inner * r for i in range(count)]
+    angles = [-np.pi / 2 + 2 * np.pi * i / count for i in range(count)]
+    return [(x + d * np.cos(a), y + d * np.sin(a)) for d, a in zip(reach, angles, strict=True)]
+
+
+def write_world(
+    out: Path, *, train: int, source: int, val: int, text: int, pixels: int = 64, seed: int = 0
+) -> dict[str, int]:
     """Write the world under `out`: `images/`, `captions_SPLIT.json`, `questions_SPLIT.json`, `answers_SPLIT.json`.
 
     Splits: `source` trains the source model, `train` the target arms, `val` judges them; `text` holds captions and questions of
@@ -223,7 +236,9 @@ def _write_split(out: Path, split: str, count: int, first_id: int, rng: np.rando
             question_id = image_id * 10 + len(asked) % 10
             asked.append({"question_id": question_id, "image_id": image_id, "question": question})
             answers = [{"answer": answer, "answer_id": k + 1, "answer_confidence": "yes"} for k in range(10)]
-            answered.append({"question_id": question_id, "image_id": image_id, "multiple_choice_answer": answer, "answers": answers})
+            answered.append(
+                {"question_id": question_id, "image_id": image_id, "multiple_choice_answer": answer, "answers": answers}
+            )
     info = {"description": f"vpgtrans miniature world, {split} split"}
     _dump(out / f"captions_{split}.json", {"info": info, "images": images, "annotations": captions})
     _dump(out / f"questions_{split}.json", {"info": info, "questions": asked})

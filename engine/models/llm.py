@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 
 class ModelError(ValueError):
@@ -118,14 +119,18 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase, path: str = "") -> Specia
     """
     eos = tokenizer.eos_token_id
     if eos is None:
-        raise ModelError(f"tokenizer: expected an eos token, got none in {path!r}; set eos_token in its tokenizer_config.json")
+        raise ModelError(
+            f"tokenizer: expected an eos token, got none in {path!r}; set eos_token in its tokenizer_config.json"
+        )
     bos = eos if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     # Sentencepiece puts a word-boundary mark before a lone newline, so only the last id is the newline itself.
     newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
     text = tokenizer.decode(newline[-1:]) if newline else ""
     if not newline or "\n" not in text:
-        raise ModelError(f"tokenizer: expected a token for the newline that ends a caption, got {text!r} in {path!r}; add one")
+        raise ModelError(
+            f"tokenizer: expected a token for the newline that ends a caption, got {text!r} in {path!r}; add one"
+        )
     return SpecialTokens(bos, eos, pad, newline[-1])
 
 
@@ -135,6 +140,7 @@ def load_language_model(path: str | Path, dtype: torch.dtype = torch.float32, ch
     Raises ModelError when the folder is missing, is no causal language model, or breaks the adapter's contract.
     """
     name = str(path)
+    disable_progress_bar()  # its bars and ours would write over each other
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="sdpa")
         tokenizer = AutoTokenizer.from_pretrained(name)

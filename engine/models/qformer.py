@@ -46,7 +46,11 @@ class _Attention(nn.Module):
         """x (B, S, D), context (B, N, W), mask (B or 1, 1, S, N) bool or None -> (B, S, D)."""
         query, key, value = (
             linear(source).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for linear, source in ((self.attention.query, x), (self.attention.key, context), (self.attention.value, context))
+            for linear, source in (
+                (self.attention.query, x),
+                (self.attention.key, context),
+                (self.attention.value, context),
+            )
         )
         mixed = F.scaled_dot_product_attention(query, key, value, mask, self.dropout if self.training else 0.0)
         return self.output(mixed.transpose(1, 2).flatten(2), x)
@@ -82,14 +86,19 @@ class _Layer(nn.Module):
             query_part = self.output_query(self.intermediate_query(query_part), query_part)
         if text_part.shape[1]:
             text_part = self.output(self.intermediate(text_part), text_part)
-        return torch.cat([query_part, text_part], 1) if queries and text_part.shape[1] else (query_part if queries else text_part)
+        return (
+            torch.cat([query_part, text_part], 1)
+            if queries and text_part.shape[1]
+            else (query_part if queries else text_part)
+        )
 
 
 class _Encoder(nn.Module):
     def __init__(self, config: QFormerConfig, image_width: int, text_branch: bool):
         super().__init__()
         self.layer = nn.ModuleList(
-            _Layer(config, image_width, i % config.cross_attention_frequency == 0, text_branch) for i in range(config.num_hidden_layers)
+            _Layer(config, image_width, i % config.cross_attention_frequency == 0, text_branch)
+            for i in range(config.num_hidden_layers)
         )
 
 
@@ -106,7 +115,9 @@ class QFormer(nn.Module):
                 nn.init.normal_(module.weight, std=config.initializer_range)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, queries: Tensor | None, image: Tensor | None, text: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, queries: Tensor | None, image: Tensor | None, text: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         """queries (B, Q, D), image (B, N, W), text embeddings (B, T, D), mask (B, 1, Q+T, Q+T) bool -> (B, Q+T, D)."""
         parts = [p for p in (queries, text) if p is not None]
         x = torch.cat(parts, 1) if len(parts) > 1 else parts[0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -66,7 +65,9 @@ def eva_vit(config: Blip2VisionConfig) -> nn.Module:
 
 
 class _ConvReLU6(nn.Module):
-    def __init__(self, inputs: int, outputs: int, kernel: int = 1, stride: int = 1, groups: int = 1, activate: bool = True):
+    def __init__(
+        self, inputs: int, outputs: int, kernel: int = 1, stride: int = 1, groups: int = 1, activate: bool = True
+    ):
         super().__init__()
         self.c = nn.Conv2d(inputs, outputs, kernel, stride, 0, groups=groups)
         # TensorFlow's SAME padding, which the weights were trained with, is uneven at stride 2.
@@ -83,7 +84,9 @@ class _InvertedResidual(nn.Module):
         super().__init__()
         inner = inputs * expansion
         widen = [_ConvReLU6(inputs, inner)] if expansion > 1 else []
-        self.l = nn.Sequential(*widen, _ConvReLU6(inner, inner, 3, stride, inner), _ConvReLU6(inner, outputs, activate=False))
+        self.l = nn.Sequential(
+            *widen, _ConvReLU6(inner, inner, 3, stride, inner), _ConvReLU6(inner, outputs, activate=False)
+        )
         self.skips = stride == 1 and inputs == outputs
 
     def forward(self, x: Tensor) -> Tensor:
@@ -120,7 +123,9 @@ def load_tower(settings: Vision) -> VisionTower:
     """
     if settings.kind == "mobilenet_v2":
         module = MobileNetV2()
-        stored = {k: v for k, v in load_tensors(settings.path / "model.safetensors").items() if not k.startswith("head.")}
+        stored = {
+            k: v for k, v in load_tensors(settings.path / "model.safetensors").items() if not k.startswith("head.")
+        }
         check_fit(stored, dict(module.state_dict()), str(settings.path))
         module.load_state_dict(stored)
         side = -(-settings.image_size // 32)
@@ -129,12 +134,18 @@ def load_tower(settings: Vision) -> VisionTower:
     try:
         config = Blip2VisionConfig(**json.loads((settings.path / "config.json").read_text()))
     except (OSError, ValueError, TypeError) as error:
-        raise ModelError(f"vision.path: expected a folder with a ViT's config.json and model.safetensors, got {settings.path}: {error}") from error
+        raise ModelError(
+            f"vision.path: expected a folder with a ViT's config.json and model.safetensors, got {settings.path}: {error}"
+        ) from error
     if config.image_size != settings.image_size:
-        raise ModelError(f"vision.image_size: expected {config.image_size}, the size the tower was trained with, got {settings.image_size}")
+        raise ModelError(
+            f"vision.image_size: expected {config.image_size}, the size the tower was trained with, got {settings.image_size}"
+        )
     module = eva_vit(config)
     stored = load_tensors(settings.path / "model.safetensors")
     check_fit(stored, dict(module.model.state_dict()), str(settings.path))
     module.model.load_state_dict(stored)
     tokens = 1 + (config.image_size // config.patch_size) ** 2
-    return VisionTower(module, config.hidden_size, tokens, config.image_size, PixelNorm(CLIP_MEAN, CLIP_STD), str(settings.path))
+    return VisionTower(
+        module, config.hidden_size, tokens, config.image_size, PixelNorm(CLIP_MEAN, CLIP_STD), str(settings.path)
+    )

@@ -47,13 +47,14 @@ class VisionLanguageModel(nn.Module):
         self.llm.train(frozen_dropout)
 
     def loss_sum(self, features: Tensor, batch: PackedBatch) -> Tensor:
-        """features (groups, N, image width) of `batch.groups` -> scalar float32, summed over `batch.target_count` targets."""
+        """features (groups, N, image width) of `batch.groups` -> scalar, float32 or wider, summed over `batch.target_count` targets."""
         prompts = self.soft_prompts(features).flatten(0, 1)
         words = self.llm.embed(batch.ids).flatten(0, 1)
         inputs = words.index_copy(0, batch.visual_slots, prompts[batch.visual_source].to(words.dtype))
         hidden = self.llm.hidden_states(inputs.view(*batch.ids.shape, -1), batch.positions, batch.mask)
         logits = self.llm.logits(hidden.flatten(0, 1)[batch.predict])
-        return F.cross_entropy(logits.float(), batch.labels, reduction="sum")
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        return F.cross_entropy(wide, batch.labels, reduction="sum")
 
     @torch.no_grad()
     def generate(self, features: Tensor, prompts: Sequence[str], settings: Generation) -> list[str]:
@@ -62,7 +63,9 @@ class VisionLanguageModel(nn.Module):
         The answer ends at a newline or EOS.  Ragged prompts are padded on the left.
         """
         special, tokenizer = self.llm.special, self.llm.tokenizer
-        ids = [[special.bos, *tokenizer(p, add_special_tokens=False)["input_ids"]] if p else [special.bos] for p in prompts]
+        ids = [
+            [special.bos, *tokenizer(p, add_special_tokens=False)["input_ids"]] if p else [special.bos] for p in prompts
+        ]
         longest = max(len(i) for i in ids)
         device = features.device
         visual = self.soft_prompts(features)

@@ -24,7 +24,9 @@ class VPG(nn.Module):
         self.config = config
         self.image_width = image_width
         self.ln_vision = nn.LayerNorm(image_width, eps=LN_VISION_EPS)
-        self.query_tokens = nn.Parameter(torch.randn(1, config.num_query_tokens, config.hidden_size) * config.initializer_range)
+        self.query_tokens = nn.Parameter(
+            torch.randn(1, config.num_query_tokens, config.hidden_size) * config.initializer_range
+        )
         self.qformer = QFormer(config, image_width, text_branch)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -34,7 +36,11 @@ class VPG(nn.Module):
 def save_parts(folder: Path, parts: dict[str, nn.Module], config: dict[str, object]) -> None:
     """Write `model.safetensors` with each part's tensors under its name, and `vl_config.json`, each whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {f"{name}.{k}": v.detach().cpu().contiguous() for name, part in parts.items() for k, v in part.state_dict().items()}
+    tensors = {
+        f"{name}.{k}": v.detach().cpu().contiguous()
+        for name, part in parts.items()
+        for k, v in part.state_dict().items()
+    }
     temporary = folder / ".model.safetensors.tmp"
     save_file(tensors, temporary)
     temporary.replace(folder / "model.safetensors")
@@ -54,7 +60,9 @@ def read_parts(folder: Path) -> tuple[dict[str, object], dict[str, dict[str, Ten
     try:
         config = json.loads((folder / "vl_config.json").read_text())
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}: expected a finished run or a pre-trained VPG (vl_config.json): {error}") from error
+        raise CheckpointError(
+            f"{folder}: expected a finished run or a pre-trained VPG (vl_config.json): {error}"
+        ) from error
     if config.get("format") != "vpgtrans-1":
         raise CheckpointError(f"{folder}: expected format vpgtrans-1, got {config.get('format')!r}")
     parts: dict[str, dict[str, Tensor]] = {}
@@ -71,7 +79,9 @@ def load_vpg(folder: Path, image_width: int) -> VPG:
     """
     config, parts = read_parts(folder)
     if config["image_width"] != image_width:
-        raise CheckpointError(f"{folder}: expected a VPG for image tokens of width {image_width}, got one for {config['image_width']}; use its own tower")
+        raise CheckpointError(
+            f"{folder}: expected a VPG for image tokens of width {image_width}, got one for {config['image_width']}; use its own tower"
+        )
     vpg = VPG(QFormerConfig(**config["qformer"]), image_width)
     check_fit(parts.get("vpg", {}), dict(vpg.state_dict()), f"{folder}: vpg")
     vpg.load_state_dict(parts["vpg"])

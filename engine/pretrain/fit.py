@@ -50,7 +50,14 @@ def fit(
         started = time.perf_counter()
         set_learning_rate(
             optimizer,
-            learning_rate(step + 1, schedule.steps, schedule.learning_rate, schedule="cosine", minimum=schedule.min_learning_rate, warmup=schedule.warmup_steps),
+            learning_rate(
+                step + 1,
+                schedule.steps,
+                schedule.learning_rate,
+                schedule="cosine",
+                minimum=schedule.min_learning_rate,
+                warmup=schedule.warmup_steps,
+            ),
         )
         module.train()
         with runtime.autocast():
@@ -72,7 +79,14 @@ def fit(
             with torch.no_grad(), runtime.autocast():
                 scores = evaluate()
             log.event("eval", step=step, seconds=seconds, **scores)
-            save_checkpoint(folder / "checkpoints", step, tensors, optimizer, {"step": step, "seconds": seconds, "scores": scores}, keep=1)
+            save_checkpoint(
+                folder / "checkpoints",
+                step,
+                tensors,
+                optimizer,
+                {"step": step, "seconds": seconds, "scores": scores},
+                keep=1,
+            )
     if not scores:  # resumed at the very end
         module.eval()
         with torch.no_grad():

@@ -43,16 +43,22 @@ def main(recipe: LMRecipe) -> dict[str, float]:
     """
     runtime = start(recipe.device, recipe.precision, recipe.threads, recipe.seed)
     texts, questions = _read_texts(recipe)
-    tokenizer = _tokenizer(recipe, [c for captions in texts for c in captions] + [q for asked in questions for q in asked])
+    tokenizer = _tokenizer(
+        recipe, [c for captions in texts for c in captions] + [q for asked in questions for q in asked]
+    )
     scenes = [
-        SceneText([_ids(tokenizer, c)[: recipe.data.max_text_tokens] for c in captions], [_ids(tokenizer, q) for q in asked])
+        SceneText(
+            [_ids(tokenizer, c)[: recipe.data.max_text_tokens] for c in captions], [_ids(tokenizer, q) for q in asked]
+        )
         for captions, asked in zip(texts, questions, strict=True)
     ]
     special = special_tokens(tokenizer)
     model = build_model(recipe.model, tokenizer, special).to(runtime.device)
     count = sum(p.numel() for p in model.parameters())
     held_out, train = scenes[: recipe.data.val_images], scenes[recipe.data.val_images :]
-    console.print(f"{recipe.name}: {recipe.model['model_type']} of {count:,} parameters, {len(train):,} scenes, {len(tokenizer):,} tokens")
+    console.print(
+        f"{recipe.name}: {recipe.model['model_type']} of {count:,} parameters, {len(train):,} scenes, {len(tokenizer):,} tokens"
+    )
 
     def loss_of(rng: np.random.Generator) -> dict[str, Tensor]:
         picks = rng.integers(len(train), size=recipe.schedule.batch)
@@ -67,9 +73,13 @@ def main(recipe: LMRecipe) -> dict[str, float]:
     model.save_pretrained(recipe.output.folder)
     tokenizer.save_pretrained(recipe.output.folder)
     gain = scores["context_loss_0"] - scores["context_loss_3"]
-    console.print(f"{recipe.name}: loss per token alone {scores['context_loss_0']:.3f}, after three other captions {scores['context_loss_3']:.3f}")
+    console.print(
+        f"{recipe.name}: loss per token alone {scores['context_loss_0']:.3f}, after three other captions {scores['context_loss_3']:.3f}"
+    )
     if gain < 0.05:
-        console.print(f"[yellow]warning weak_context_use:[/] the gain is {gain:.3f}; a visual prompt can hardly steer this model; train longer")
+        console.print(
+            f"[yellow]warning weak_context_use:[/] the gain is {gain:.3f}; a visual prompt can hardly steer this model; train longer"
+        )
     return scores
 
 
@@ -78,7 +88,9 @@ def build_model(config: dict, tokenizer: PreTrainedTokenizerBase, special: Speci
     try:
         settings = AutoConfig.for_model(**config)
     except (ValueError, TypeError, KeyError) as error:
-        raise ModelError(f"model: expected a transformers config with a known model_type, got {config!r}: {error}") from error
+        raise ModelError(
+            f"model: expected a transformers config with a known model_type, got {config!r}: {error}"
+        ) from error
     settings.vocab_size = len(tokenizer)
     settings.bos_token_id, settings.eos_token_id, settings.pad_token_id = special.bos, special.eos, special.pad
     return AutoModelForCausalLM.from_config(settings, attn_implementation="sdpa")
@@ -108,7 +120,9 @@ def causal_loss(model: PreTrainedModel, documents: list[list[int]], pad: int, de
     """Token-mean cross-entropy of right-padded documents."""
     ids, lengths = pad_right(documents, pad)
     ids, lengths = ids.to(device), lengths.to(device)
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # padding is on the right, so causal needs no mask
+    hidden = model.base_model(
+        input_ids=ids, use_cache=False
+    ).last_hidden_state  # padding is on the right, so causal needs no mask
     real = torch.arange(1, ids.shape[1], device=device)[None] < lengths[:, None]
     logits = model.get_output_embeddings()(hidden[:, :-1][real])
     return F.cross_entropy(logits.float(), ids[:, 1:][real])
@@ -124,7 +138,9 @@ def pad_right(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def context_losses(model: PreTrainedModel, scenes: list[SceneText], special: SpecialTokens, device: torch.device) -> dict[str, float]:
+def context_losses(
+    model: PreTrainedModel, scenes: list[SceneText], special: SpecialTokens, device: torch.device
+) -> dict[str, float]:
     """Loss per token (newline included) of each scene's last caption after k of its others; `loss` is the one with most context."""
     scores: dict[str, float] = {}
     for count in CONTEXT_COUNTS:

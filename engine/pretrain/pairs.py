@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..data.coco import read_captions
+from ..data.coco import read_image_data
 from ..data.packing import CaptionData, join
 from ..models.llm import SpecialTokens, special_tokens
 from ..recipe import PairedData, TrainTokenizer, VisionRecipe, VPGRecipe
@@ -30,8 +30,8 @@ class Pairs:
 def load_pairs(recipe: VisionRecipe | VPGRecipe) -> Pairs:
     """Read the files of a recipe and tokenise them, training the tokenizer on the training captions where asked."""
     data: PairedData = recipe.data
-    sets = [read_captions(s.captions, s.images, name=s.name, verify_images=data.verify_images, limit=s.limit) for s in data.train]
-    val = read_captions(data.val.captions, data.val.images, name=f"{data.val.name}-val", verify_images=data.verify_images, limit=data.val.limit)
+    sets = [read_image_data(entry, data.verify_images) for entry in data.train]
+    val = read_image_data(data.val, data.verify_images, f"{data.val.name}-val")
     if isinstance(recipe.tokenizer, TrainTokenizer):
         texts = [c for s in sets for r in s.records for c in r.captions]
         tokenizer = train_word_level(texts, recipe.tokenizer.min_frequency, recipe.tokenizer.max_words)
@@ -43,7 +43,9 @@ def load_pairs(recipe: VisionRecipe | VPGRecipe) -> Pairs:
         text = tokenizer(caption, add_special_tokens=False)["input_ids"]
         return [special.bos, *text[: data.max_text_tokens - 1], special.newline]
 
-    tokenised = [CaptionData(s.name, s.records, [[ids(c) for c in r.captions] for r in s.records]) for s in [*sets, val]]
+    tokenised = [
+        CaptionData(s.name, s.records, [[ids(c) for c in r.captions] for r in s.records]) for s in [*sets, val]
+    ]
     return Pairs(join(tokenised[:-1]), tokenised[-1], tokenizer, special)
 
 

@@ -18,7 +18,9 @@ def train_word_level(texts: Iterable[str], min_frequency: int = 1, max_words: in
     tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n|\w+|[^\w\s]"), behavior="removed", invert=True)
-    trainer = trainers.WordLevelTrainer(vocab_size=max_words, min_frequency=min_frequency, special_tokens=SPECIALS, show_progress=False)
+    trainer = trainers.WordLevelTrainer(
+        vocab_size=max_words, min_frequency=min_frequency, special_tokens=SPECIALS, show_progress=False
+    )
     tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)  # joins words with single spaces
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(

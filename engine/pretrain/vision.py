@@ -35,7 +35,15 @@ class CaptioningViT(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.words = nn.Embedding(vocabulary, width)
         self.places = nn.Parameter(torch.randn(max_tokens, width) * 0.02)
-        layer = nn.TransformerDecoderLayer(width, config.num_attention_heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
+        layer = nn.TransformerDecoderLayer(
+            width,
+            config.num_attention_heads,
+            4 * width,
+            dropout=0.0,
+            activation="gelu",
+            batch_first=True,
+            norm_first=True,
+        )
         self.decoder = nn.TransformerDecoder(layer, layers, nn.LayerNorm(width))
         nn.init.normal_(self.words.weight, std=0.02)
 
@@ -58,7 +66,9 @@ def main(recipe: VisionRecipe) -> dict[str, float]:
         config = Blip2VisionConfig(**recipe.model)
     except (TypeError, ValueError) as error:
         raise ModelError(f"model: expected sizes of a Blip2VisionConfig, got {recipe.model!r}: {error}") from error
-    model = CaptioningViT(config, len(pairs.tokenizer), recipe.data.max_text_tokens + 2, recipe.decoder_layers).to(runtime.device)
+    model = CaptioningViT(config, len(pairs.tokenizer), recipe.data.max_text_tokens + 2, recipe.decoder_layers).to(
+        runtime.device
+    )
     count = sum(p.numel() for p in model.tower.parameters())
     console.print(f"{recipe.name}: ViT of {count:,} parameters, {len(pairs.train.records):,} images")
     augmented = recipe.data.transform == "train"
@@ -74,7 +84,9 @@ def main(recipe: VisionRecipe) -> dict[str, float]:
         if stored is None:
             view = int(rng.integers(2**31))
             records = [pairs.train.records[i] for i in images]
-            pixels = torch.stack([load_pixels(r.path, config.image_size, sample_rng(recipe.seed, view, r.image_id)) for r in records])
+            pixels = torch.stack(
+                [load_pixels(r.path, config.image_size, sample_rng(recipe.seed, view, r.image_id)) for r in records]
+            )
         else:
             pixels = stored[torch.tensor(images)]
         return {"loss": model(images_of(pixels), *pad_ids(captions, pairs.special.pad, runtime.device))}
@@ -83,7 +95,9 @@ def main(recipe: VisionRecipe) -> dict[str, float]:
         losses = []
         for at in range(0, len(val_pixels), 64):
             captions = [ids[0] for ids in pairs.val.ids[at : at + 64]]
-            losses.append(model(images_of(val_pixels[at : at + 64]), *pad_ids(captions, pairs.special.pad, runtime.device)).item())
+            losses.append(
+                model(images_of(val_pixels[at : at + 64]), *pad_ids(captions, pairs.special.pad, runtime.device)).item()
+            )
         return {"loss": float(np.mean(losses))}
 
     scores = fit(
@@ -92,6 +106,8 @@ def main(recipe: VisionRecipe) -> dict[str, float]:
     )  # fmt: skip
     tower = {k: v.detach().cpu().contiguous() for k, v in model.tower.model.state_dict().items()}
     save_file(tower, recipe.output.folder / "model.safetensors")
-    (recipe.output.folder / "config.json").write_text(json.dumps({**recipe.model, "image_size": config.image_size}, indent=1))
+    (recipe.output.folder / "config.json").write_text(
+        json.dumps({**recipe.model, "image_size": config.image_size}, indent=1)
+    )
     console.print(f"{recipe.name}: captioning loss per token {scores['loss']:.3f} on held-out images")
     return scores

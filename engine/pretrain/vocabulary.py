@@ -43,7 +43,9 @@ def trim_tokenizer(
     data = json.loads(tokenizer.backend_tokenizer.to_str())
     model = data["model"]
     if model["type"] != "BPE":
-        raise ModelError(f"trim_vocabulary: expected a BPE tokenizer, got {model['type']}; set trim_vocabulary to false")
+        raise ModelError(
+            f"trim_vocabulary: expected a BPE tokenizer, got {model['type']}; set trim_vocabulary to false"
+        )
     counts: Counter[int] = Counter()
     texts = list(corpus)
     for at in range(0, len(texts), 4096):
@@ -81,9 +83,15 @@ def _rebuild(
         renumbered[entry["content"]] = len(renumbered)
         real_ids.append(entry["id"])
     model["vocab"] = {w: renumbered[w] for w in words}
-    model["merges"] = [[a, b] for a, b in merges if a in model["vocab"] and b in model["vocab"] and a + b in model["vocab"]]
+    model["merges"] = [
+        [a, b] for a, b in merges if a in model["vocab"] and b in model["vocab"] and a + b in model["vocab"]
+    ]
     for entry in data["added_tokens"]:
         entry["id"] = renumbered[entry["content"]]
     data["post_processor"] = None  # the engine frames captions itself
-    names = {k: getattr(tokenizer, k) for k in ("bos_token", "eos_token", "pad_token", "unk_token") if getattr(tokenizer, k) is not None}
+    names = {
+        k: getattr(tokenizer, k)
+        for k in ("bos_token", "eos_token", "pad_token", "unk_token")
+        if getattr(tokenizer, k) is not None
+    }
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(data)), **names), real_ids

@@ -76,7 +76,9 @@ class ImageTextQFormer(nn.Module):
         mask = F.pad(real, (queries, 0), value=True)[:, None, :].expand(-1, total, -1).clone()
         if causal:
             mask[:, :queries, queries:] = False
-            mask[:, queries:, queries:] &= torch.ones(real.shape[1], real.shape[1], dtype=torch.bool, device=real.device).tril()
+            mask[:, queries:, queries:] &= torch.ones(
+                real.shape[1], real.shape[1], dtype=torch.bool, device=real.device
+            ).tril()
         return mask[:, None]
 
     def _captioning(self, queries: Tensor, image: Tensor, text: Tensor, ids: Tensor, real: Tensor) -> Tensor:
@@ -111,7 +113,9 @@ def main(recipe: VPGRecipe) -> dict[str, float]:
     val_features = open_features(pairs.val, tower, transform="eval", **common)
     log.close()
     count = sum(p.numel() for p in model.vpg.parameters())
-    console.print(f"{recipe.name}: VPG of {count:,} parameters with its text branch, {len(pairs.train.records):,} images, {' + '.join(recipe.losses)}")
+    console.print(
+        f"{recipe.name}: VPG of {count:,} parameters with its text branch, {len(pairs.train.records):,} images, {' + '.join(recipe.losses)}"
+    )
 
     def loss_of(rng: np.random.Generator) -> dict[str, Tensor]:
         images, captions = draw(pairs.train, rng, recipe.schedule.batch)

@@ -35,5 +35,7 @@ def convert(recipe: TransferRecipe, out: str | None) -> ConverterReport:
         merged = merge(load_projector(recipe.source.vlm, width), converter)
         save_file({"weight": merged.weight.detach(), "bias": merged.bias.detach()}, folder / "projector.safetensors")
         write_json(folder / "converter.json", report.to_dict())
-        console.print(f"wrote {folder}/projector.safetensors ({merged.in_features} -> {merged.out_features}) and converter.json")
+        console.print(
+            f"wrote {folder}/projector.safetensors ({merged.in_features} -> {merged.out_features}) and converter.json"
+        )
     return report

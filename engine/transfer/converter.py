@@ -56,7 +56,9 @@ def same_embeddings(source: LanguageModel, target: LanguageModel) -> bool:
     return torch.equal(source.word_embeddings().float(), target.word_embeddings().float())
 
 
-def fit_converter(source: LanguageModel, target: LanguageModel, settings: Converter, seed: int) -> tuple[WordConverter | None, ConverterReport]:
+def fit_converter(
+    source: LanguageModel, target: LanguageModel, settings: Converter, seed: int
+) -> tuple[WordConverter | None, ConverterReport]:
     """Fit on the shared tokens of two language models; (None, report) where their embeddings are the same.
 
     Raises ModelError when fewer than 16 tokens are shared.
@@ -82,7 +84,10 @@ def fit(x: Tensor, y: Tensor, settings: Converter, seed: int) -> tuple[WordConve
     kept = order[len(held) :]
     ridge = None
     if settings.method == "ridge":
-        scored = [(_cosine(fit_ridge(x[kept], y[kept], r)(x[held]), y[held]) if len(held) else -i, r) for i, r in enumerate(settings.ridges)]
+        scored = [
+            (_cosine(fit_ridge(x[kept], y[kept], r)(x[held]), y[held]) if len(held) else -i, r)
+            for i, r in enumerate(settings.ridges)
+        ]
         ridge = max(scored)[1]
         judged = fit_ridge(x[kept], y[kept], ridge)
         final = fit_ridge(x, y, ridge)

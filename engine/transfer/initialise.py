@@ -1,10 +1,10 @@
 """Where the parts that will train come from: the paper's five arms are choices of `initialise` and of the stages.
 
-    VPGTrans                 vpg: vlm,  projector: converter, stages warm_up + direct
-    VPGTrans w/o converter   vpg: vlm,  projector: random,    stages warm_up + direct
-    VPGInherit               vpg: vlm,  projector: random,    stage direct
-    projector only           vpg: vlm,  projector: converter or random, a stage that trains the projector
-    TFS                      vpg: vpg,  projector: random,    stage direct
+VPGTrans                 vpg: vlm,  projector: converter, stages warm_up + direct
+VPGTrans w/o converter   vpg: vlm,  projector: random,    stages warm_up + direct
+VPGInherit               vpg: vlm,  projector: random,    stage direct
+projector only           vpg: vlm,  projector: converter or random, a stage that trains the projector
+TFS                      vpg: vpg,  projector: random,    stage direct
 """
 
 from __future__ import annotations
@@ -96,12 +96,16 @@ def load_projector(folder: Path, width: int) -> nn.Linear:
     """The projector of a finished run; CheckpointError when it has none, or one from another width."""
     parts = read_parts(folder)[1]
     if "projector" not in parts:
-        raise CheckpointError(f"{folder}: expected a vision-language model with a projector, found only {sorted(parts)}; name a finished run")
+        raise CheckpointError(
+            f"{folder}: expected a vision-language model with a projector, found only {sorted(parts)}; name a finished run"
+        )
     stored = parts["projector"]
     projector = nn.Linear(stored["weight"].shape[1], stored["weight"].shape[0])
     check_fit(stored, dict(projector.state_dict()), f"{folder}: projector")
     if projector.in_features != width:
-        raise CheckpointError(f"{folder}: expected a projector from width {width}, found one from {projector.in_features}")
+        raise CheckpointError(
+            f"{folder}: expected a projector from width {width}, found one from {projector.in_features}"
+        )
     projector.load_state_dict(stored)
     return projector
 

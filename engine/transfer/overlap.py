@@ -43,7 +43,9 @@ def spelling(token: str, scheme: str) -> tuple[bool, str]:
         return starts, (token[1:] if starts else token).replace("▁", " ")
     if scheme == "wordpiece":
         return not token.startswith("##"), token.removeprefix("##")
-    return not (len(token) == 1 and not token.isalnum()), token  # word level: every word starts one, punctuation does not
+    return not (
+        len(token) == 1 and not token.isalnum()
+    ), token  # word level: every word starts one, punctuation does not
 
 
 def detect_scheme(tokenizer: PreTrainedTokenizerBase) -> str:

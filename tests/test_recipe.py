@@ -1,0 +1,134 @@
+"""Recipes: every mistake is found before anything heavy is imported, with the key, what was expected and the nearest valid one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from vpgtrans.engine.recipe import RecipeError, load_recipe, save_recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO = ROOT / "recipes" / "demo.yaml"
+
+
+@pytest.fixture
+def recipe(tmp_path) -> Path:
+    """The demo recipe with inputs that exist."""
+    values = yaml.safe_load(DEMO.read_text())
+    for name in ("captions.json", "llm", "tower", "vlm", "vpg", "images", "questions.json", "answers.json"):
+        (tmp_path / name).touch()
+    values["source"] = {"vlm": "vlm", "vpg": "vpg"}
+    values["target"]["llm"] = "./llm"
+    values["vision"]["path"] = "tower"
+    for entry in (*values["data"]["train"], values["data"]["val"]):
+        entry.update(captions="captions.json", images="images")
+    values["evaluation"].update(questions="questions.json", answers="answers.json")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def test_paths_are_relative_to_the_file(recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir("/")
+    loaded = load_recipe(recipe)
+    assert loaded.source.vlm == tmp_path / "vlm"
+    assert loaded.target.llm == str(tmp_path / "llm")
+
+
+def test_override_paths_are_relative_to_the_working_directory(recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe(recipe, ["output.folder=here"]).output.folder == Path("here")
+
+
+def test_saved_recipe_reads_back_the_same(recipe, tmp_path):
+    loaded = load_recipe(recipe, ["stages.0.learning_rate=1e-3"])
+    save_recipe(loaded, tmp_path / "saved.yaml")
+    assert load_recipe(tmp_path / "saved.yaml") == loaded
+    assert loaded.stages[0].learning_rate == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("stages.0.learnin_rate=1", ["stages.0.learnin_rate", "learning_rate"]),
+        ("data.captions_per_imag=2", ["data.captions_per_imag", "captions_per_image"]),
+        ("evaluation.generate.num_beam=2", ["num_beam", "num_beams"]),
+        ("sead=1", ["sead", "seed"]),
+        ("stages.0.learning_rate=fast", ["stages.0.learning_rate", "fast"]),
+        ("stages.0.learning_rate=-1", ["stages.0.learning_rate", "greater than 0"]),
+        ("stages.0.trains=everything", ["stages.0.trains", "projector"]),
+        ("data.row_tokens=0", ["data.row_tokens"]),
+        ("stages.7.pairs=1", ["stages.7", "0 to 1"]),
+        ("vision.path=/does/not/exist", ["vision.path", "/does/not/exist"]),
+        ("stages.0.epochs=1", ["stages.0", "exactly one"]),
+        ("source.vlm=null", ["source.vlm"]),
+        ("data.transform=train", ["data.vision_cache", "data.transform", "data.views"]),
+        ("stages.0.data=[other]", ["stages.0.data", "other"]),
+        ("kind=lmm", ["kind", "transfer"]),
+        ("seed", ["section.key=value"]),
+        ("target.llm.name=x", ["target.llm"]),
+    ],
+)
+def test_a_mistake_is_named(recipe, override, words):
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(recipe, [override])
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_missing_inputs_name_the_command_that_makes_them(recipe):
+    (recipe.parent / "tower").unlink()
+    with pytest.raises(RecipeError, match="make demo"):
+        load_recipe(recipe)
+
+
+@pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2\n", "", "\x00"])
+def test_malformed_files(tmp_path, text):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(RecipeError):
+        load_recipe(tmp_path / "r.yaml")
+
+
+def test_missing_file_proposes_the_nearest(recipe):
+    with pytest.raises(RecipeError, match=r"did you mean .*recipe\.yaml"):
+        load_recipe(recipe.parent / "recipes.yaml")
+
+
+def test_unset_environment_variable_is_named(recipe, monkeypatch):
+    monkeypatch.delenv("NO_SUCH_DATA", raising=False)
+    with pytest.raises(RecipeError, match="NO_SUCH_DATA"):
+        load_recipe(recipe, ["vision.path=${NO_SUCH_DATA}/tower"])
+
+
+@pytest.mark.parametrize(
+    "path", sorted(p for p in (ROOT / "recipes").rglob("*.yaml") if not p.name.startswith("plan")), ids=lambda p: p.stem
+)
+def test_every_shipped_recipe_is_valid(path, monkeypatch):
+    monkeypatch.setenv("VPGTRANS_DATA", "/data")
+    assert load_recipe(path, check_files=False).name
+
+
+@pytest.mark.parametrize(
+    "module", [["engine/train.py"], ["-m", "vpgtrans.engine.train"], ["-m", "vpgtrans.engine.cli", "train"]]
+)
+def test_exit_code_2_in_under_5_seconds(recipe, module):
+    began = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, *module, str(recipe), "stages.0.learnin_rate=1"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "did you mean 'learning_rate'" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "torch" not in done.stderr
+    # The promise is 5 s on a quiet machine; a loaded one gets some grace, importing torch and transformers would take more than this.
+    assert time.perf_counter() - began < 10

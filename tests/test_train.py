@@ -1,0 +1,215 @@
+"""The whole engine on a tiny world: what a run leaves, what it prints, and that a killed one ends bit-identical."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from vpgtrans.engine.loop import run
+from vpgtrans.engine.recipe import load_recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+TRAIN = ROOT / "engine" / "train.py"
+
+
+def events(folder: Path, kind: str) -> list[dict]:
+    return [e for e in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if e["event"] == kind]
+
+
+def test_a_run_leaves_what_it_promises(tiny_recipe, tmp_path, capfd):
+    recipe = load_recipe(tiny_recipe)
+    summary = run(recipe)
+    folder = tmp_path / "run"
+    for name in (
+        "recipe.yaml",
+        "log.jsonl",
+        "summary.json",
+        "captions.json",
+        "answers.json",
+        "samples.json",
+        "model/model.safetensors",
+    ):
+        assert (folder / name).is_file(), name
+    assert summary == json.loads((folder / "summary.json").read_text())
+    assert summary["pairs"] == 66 + 154 and summary["updates"] == 6 + 14
+    assert {"best_val_loss", "final_val_loss", "cider", "attributes_right", "vqa_accuracy"} <= summary.keys()
+    assert [e["pairs"] for e in events(folder, "eval")] == [0, 33, 66, 110, 154, 198, 220]
+    assert summary["best_val_loss"] == pytest.approx(
+        min(e["val_loss"] for e in events(folder, "eval") if e["stage"] == "direct"), abs=1e-6
+    )
+    assert events(folder, "eval")[-1]["val_loss"] < events(folder, "eval")[0]["val_loss"]
+    assert load_recipe(folder / "recipe.yaml") == recipe
+    shown = capfd.readouterr().err
+    for words in (
+        "word converter (ridge)",
+        "stage 1 of 2, warm_up",
+        "stage 2 of 2, direct",
+        "frozen",
+        "trainable in all",
+        "savings",
+    ):
+        assert words in shown
+    assert len(json.loads((folder / "captions.json").read_text())) == 4
+
+
+def test_stage_1_trains_the_projector_alone(tiny_recipe, tiny_world, tmp_path):
+    run(
+        load_recipe(
+            tiny_recipe,
+            ["stages=[{name: warm_up, trains: projector, learning_rate: 1e-2, pairs: 22, batch_pairs: 11}]"],
+        )
+    )
+    before = load_file(tiny_world / "source" / "model" / "model.safetensors")
+    after = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert all(torch.equal(after[k], v) for k, v in before.items() if k.startswith("vpg."))
+    assert after["projector.weight"].shape == (32, 16)
+    assert events(tmp_path / "run", "stage")[0]["trainable_parameters"] == 16 * 32 + 32
+
+
+ARMS = {
+    "tfs": ["initialise.vpg=vpg", "initialise.projector=random", "source.vlm=null"],
+    "vpg_inherit": ["initialise.projector=random"],
+    "projector_only": ["stages.1.trains=projector"],
+    "no_converter": ["initialise.projector=random"],
+    "sgd": ["converter.method=sgd_cosine", "converter.sgd_steps=20", "converter.match_prompt_norm=true"],
+}
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_arm_is_a_recipe_choice(arm, tiny_recipe, tmp_path):
+    short = ["stages.0.pairs=11", "stages.1.pairs=11", "evaluation.generate_images=0"]
+    summary = run(load_recipe(tiny_recipe, [f"arm={arm}", *short, *ARMS[arm]]))
+    assert summary["arm"] == arm and summary["pairs"] == 22
+    assert bool(events(tmp_path / "run", "converter")) == (arm in ("projector_only", "sgd"))
+
+
+def test_a_finished_run_is_a_source(tiny_recipe, tiny_world, tmp_path):
+    short = ["stages.0.pairs=11", "stages.1.pairs=11", "evaluation.generate_images=0"]
+    run(load_recipe(tiny_recipe, short))
+    again = [
+        *short,
+        f"source.vlm={tmp_path / 'run'}",
+        f"target.llm={tiny_world / 'lm_source'}",
+        f"output.folder={tmp_path / 'back'}",
+    ]
+    assert run(load_recipe(tiny_recipe, again))["pairs"] == 22
+
+
+def test_the_vision_cache_changes_nothing(tiny_recipe, tmp_path):
+    short = ["stages.0.pairs=22", "stages.1.pairs=22", "evaluation.generate_images=0", "data.transform=eval"]
+    live = run(load_recipe(tiny_recipe, short))
+    cached = run(load_recipe(tiny_recipe, [*short, "data.vision_cache=true", f"output.folder={tmp_path / 'cached'}"]))
+    assert cached["final_val_loss"] == pytest.approx(live["final_val_loss"], rel=1e-5)
+    assert len(list((tmp_path / "cache").glob("vision-*.bin"))) == 2
+
+
+def test_updates_that_are_not_finite_stop_the_run(tiny_recipe, tiny_world, tmp_path):
+    broken = tmp_path / "broken"
+    tensors = load_file(tiny_world / "source" / "model" / "model.safetensors")
+    tensors["projector.bias"][0] = float("nan")
+    broken.mkdir()
+    save_file(tensors, broken / "model.safetensors")
+    (broken / "vl_config.json").write_text((tiny_world / "source" / "model" / "vl_config.json").read_text())
+    settings = [
+        f"source.vlm={broken}",
+        "initialise.projector=vlm",
+        f"target.llm={tiny_world / 'lm_source'}",
+        "output.max_skipped_updates=4",
+    ]
+    done = subprocess.run(
+        [sys.executable, TRAIN, tiny_recipe, *settings], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 1
+    assert "4 updates in a row were not finite" in done.stderr and "update_skipped" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["source.vlm={tower}"], ["vl_config.json"]),
+        (["initialise.projector=vlm"], ["width 32", "to 24"]),
+        (["target.llm={tower}"], ["llm", "tower"]),
+        (["vision.path={vpg}"], ["config.json"]),
+        (["data.row_tokens=10"], ["data.row_tokens", "got 10"]),
+    ],
+)
+def test_what_does_not_fit_is_said_before_training(settings, words, tiny_recipe, tiny_world, capsys):
+    from vpgtrans.engine.train import main
+
+    filled = [s.format(tower=tiny_world / "tower", vpg=tiny_world / "vpg") for s in settings]
+    assert main([str(tiny_recipe), *filled]) == 2
+    message = capsys.readouterr().err
+    for word in words:
+        assert word in message
+
+
+def test_tensors_that_do_not_fit_are_named(tiny_recipe, tiny_world, tmp_path, capsys):
+    from vpgtrans.engine.train import main
+
+    wrong = tmp_path / "wrong"
+    wrong.mkdir()
+    tensors = load_file(tiny_world / "source" / "model" / "model.safetensors")
+    tensors["vpg.ln_vision.weight"] = torch.ones(17)
+    del tensors["vpg.query_tokens"]
+    save_file(tensors, wrong / "model.safetensors")
+    (wrong / "vl_config.json").write_text((tiny_world / "source" / "model" / "vl_config.json").read_text())
+    assert main([str(tiny_recipe), f"source.vlm={wrong}"]) == 2
+    message = capsys.readouterr().err
+    assert "query_tokens: missing" in message and "ln_vision.weight: expected (16,), found (17,)" in message
+
+
+def start(recipe: Path, folder: Path) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, TRAIN, recipe, f"output.folder={folder}"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+def test_killed_at_random_steps_it_ends_bit_identical(tiny_recipe, tmp_path):
+    """SIGKILL in either stage, twice, at times drawn from a fixed seed; the final weights equal an uninterrupted run's bit by bit."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert start(tiny_recipe, whole).wait(timeout=120) == 0
+    generator = torch.Generator().manual_seed(5)
+    kills = []
+    for low, high in ((3, 6), (8, 18)):
+        step = int(torch.randint(low, high, (1,), generator=generator))
+        process = start(tiny_recipe, killed)
+        deadline = time.monotonic() + 120
+        while _last_step(killed) < step and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        assert process.poll() is None, process.stderr.read()
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills.append(_last_step(killed))
+    process = start(tiny_recipe, killed)
+    message = process.communicate(timeout=120)[1]
+    assert process.returncode == 0 and "resumed at update" in message
+    assert all(0 < k < 20 for k in kills)
+    for name in ("model", "last"):
+        expected, got = (load_file(folder / name / "model.safetensors") for folder in (whole, killed))
+        assert expected.keys() == got.keys()
+        assert all(torch.equal(expected[k], got[k]) for k in expected)
+    numbers = [[(e["step"], e["pairs"], e["val_loss"]) for e in events(folder, "eval")] for folder in (whole, killed)]
+    assert numbers[0] == numbers[1]
+
+
+def _last_step(folder: Path) -> int:
+    path = folder / "log.jsonl"
+    steps = [0]
+    for line in path.read_text().splitlines() if path.exists() else []:
+        if line.endswith("}"):
+            steps.append(json.loads(line).get("step", 0))
+    return max(steps)

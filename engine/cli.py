@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     scenes.add_argument("out")
     for name, count in (("train", 2000), ("source", 2000), ("val", 200), ("text", 8000)):
         scenes.add_argument(f"--{name}", type=int, default=count)
-    scenes.add_argument("--pixels", type=int, default=64)
+    scenes.add_argument("--pixels", type=int, default=72)
     scenes.add_argument("--seed", type=int, default=0)
     scenes.set_defaults(run=_scenes)
     demo = commands.add_parser("demo", help="the whole transfer and its baselines on the miniature world")

@@ -9,11 +9,12 @@ PYTHON ?= python3.13 python3.12 python3.11 python3
 GPU_PYTHON ?= python3
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench gpu
+.PHONY: help setup demo flickr8k test lint bench gpu
 
 help:
 	@echo "make setup   install vpgtrans, editable, with everything it needs into $(VENV)/ (PYTHON=... names the interpreter)"
 	@echo "make demo    the whole transfer on the miniature world (DEMO_ARGS=... is handed on)"
+	@echo "make flickr8k  the same on real photographs; VPGTRANS_DATA names the data folder (hours on two cores)"
 	@echo "make test    all quick tests (PYTEST_ARGS=... is handed on, such as '-m slow' or 'tests/test_x.py')"
 	@echo "make lint    ruff check and ruff format --check"
 	@echo "make bench   every benches/bench_*.py (BENCH_ARGS=... is handed on)"
@@ -23,6 +24,10 @@ setup: $(STAMP)
 
 demo: $(STAMP)
 	$(BIN)/vpgtrans demo $(DEMO_ARGS)
+
+flickr8k: $(STAMP)
+	$(BIN)/vpgtrans demo --plan recipes/flickr8k/plan.yaml --out runs/flickr8k $(DEMO_ARGS)
+	$(BIN)/vpgtrans demo --plan recipes/flickr8k/plan_llama.yaml --out runs/flickr8k_llama $(DEMO_ARGS)
 
 # One thread a process: the tests' matrices are tiny, and several processes share the cores.
 test: export OMP_NUM_THREADS = 1

@@ -39,8 +39,8 @@ def freeze_table(
     number = [s.name for s in stages].index(stage.name) + 1
     epochs = pairs / order.epoch_pairs
     table = Table(
-        title=f"stage {number} of {len(stages)}, {stage.name}: {pairs:,} pairs ({epochs:.2f} epochs) in {updates:,} updates of {stage.batch_pairs:,}, "
-        f"rate {stage.learning_rate:g} {stage.schedule}",
+        title=f"stage {number} of {len(stages)}, {stage.name}: {pairs:,} pairs ({epochs:.2f} epochs) in {updates:,} updates "
+        f"of {stage.batch_pairs:,}, rate {stage.learning_rate:g} {stage.schedule}",
         title_justify="left",
     )
     for column in ("part", "parameters", "trains", "mode", "from"):

@@ -42,7 +42,9 @@ def test_round_trip_restores_tensors_moments_and_generators(tmp_path):
             assert torch.equal(value, other_optimizer.state[b][name])
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json", "manifest.json"]
+)
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, file, damage):
     module, optimizer = trained()
@@ -77,7 +79,9 @@ def test_what_does_not_fit_changes_nothing(tmp_path):
     other = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.LayerNorm(6))
     before = [p.clone() for p in other.parameters()]
     with pytest.raises(CheckpointError, match=r"0\.weight: expected \(6, 4\), found \(5, 4\)"):
-        load_checkpoint(tmp_path / "step-00000001", trainable_tensors(other), build_adamw(other.named_parameters(), Optimizer()))
+        load_checkpoint(
+            tmp_path / "step-00000001", trainable_tensors(other), build_adamw(other.named_parameters(), Optimizer())
+        )
     assert all(torch.equal(a, b) for a, b in zip(before, other.parameters(), strict=True))
 
 

@@ -18,7 +18,13 @@ from vpgtrans.engine.models.vpg import LN_VISION_EPS, VPG
 from vpgtrans.engine.recipe import Generation, QFormerConfig, Vision
 
 CONFIG = QFormerConfig(
-    hidden_size=24, num_hidden_layers=4, num_attention_heads=4, intermediate_size=40, num_query_tokens=5, dropout=0.0, initializer_range=0.2
+    hidden_size=24,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    intermediate_size=40,
+    num_query_tokens=5,
+    dropout=0.0,
+    initializer_range=0.2,
 )
 
 
@@ -66,11 +72,19 @@ def test_text_branch_shares_attention_and_not_feed_forward():
 
 def test_vit_is_blip2s_without_its_last_norm():
     config = Blip2VisionConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14, initializer_range=0.2
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+        initializer_range=0.2,
     )
     ours = eva_vit(config).eval()
     theirs = Blip2VisionModel(config).eval()
-    theirs.load_state_dict({**ours.model.state_dict(), **{k: v for k, v in theirs.state_dict().items() if "post_layernorm" in k}})
+    theirs.load_state_dict(
+        {**ours.model.state_dict(), **{k: v for k, v in theirs.state_dict().items() if "post_layernorm" in k}}
+    )
     images = torch.randn(2, 3, 28, 28)
     features = ours(images)
     assert features.shape == (2, 5, 16)
@@ -80,7 +94,9 @@ def test_vit_is_blip2s_without_its_last_norm():
 
 def test_mobilenet_equals_the_published_layers(measuring_data):
     """The same features as the module that came with the weights, on photographs."""
-    spec = importlib.util.spec_from_file_location("published", measuring_data / "mobilenetv2_imagenet" / "mobilenetv2.py")
+    spec = importlib.util.spec_from_file_location(
+        "published", measuring_data / "mobilenetv2_imagenet" / "mobilenetv2.py"
+    )
     published = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(published)
     theirs = published.MobileNetV2.load(str(measuring_data / "mobilenetv2_imagenet" / "model.safetensors"))
@@ -116,7 +132,9 @@ def test_embed_is_what_enters_the_first_block(make_llm):
     before = make_llm("opt-350m")
     ids = torch.tensor([[1, 5, 6, 7]])
     seen = {}
-    hook = before.model.model.decoder.layers[0].register_forward_pre_hook(lambda m, a, k: seen.update(x=a[0]), with_kwargs=True)
+    hook = before.model.model.decoder.layers[0].register_forward_pre_hook(
+        lambda m, a, k: seen.update(x=a[0]), with_kwargs=True
+    )
     before.model(input_ids=ids)
     hook.remove()
     positions = before.model.model.decoder.embed_positions(torch.ones(1, 4, dtype=torch.long))
@@ -141,7 +159,9 @@ def test_an_encoder_decoder_is_refused(word_tokenizer):
 
 def model_of(llm) -> VisionLanguageModel:
     torch.manual_seed(5)
-    model = VisionLanguageModel(VPG(CONFIG.model_copy(update={"dropout": 0.2}), 18), torch.nn.Linear(24, llm.hidden_width), llm)
+    model = VisionLanguageModel(
+        VPG(CONFIG.model_copy(update={"dropout": 0.2}), 18), torch.nn.Linear(24, llm.hidden_width), llm
+    )
     with torch.no_grad():
         model.projector.weight.mul_(8)
     return model
@@ -159,7 +179,9 @@ def test_greedy_generation_follows_the_training_layout(family, make_llm):
         ids = [special.bos, *model.llm.tokenizer(prompt, add_special_tokens=False)["input_ids"]]
         told: list[int] = []
         while len(told) < answers and (not told or told[-1] not in (special.eos, special.newline)):
-            inputs = torch.cat([model.soft_prompts(features[row : row + 1]), model.llm.embed(torch.tensor([ids + told]))], 1)
+            inputs = torch.cat(
+                [model.soft_prompts(features[row : row + 1]), model.llm.embed(torch.tensor([ids + told]))], 1
+            )
             length = inputs.shape[1]
             mask = torch.ones(1, 1, length, length, dtype=torch.bool).tril()
             hidden = model.llm.hidden_states(inputs, torch.arange(length)[None], mask)

@@ -9,7 +9,16 @@ import pytest
 from PIL import Image
 
 from vpgtrans.engine.data.coco import read_captions, read_questions
-from vpgtrans.engine.data.scenes import Scene, attributes_right, caption, parse_caption, questions, random_scene, render, write_world
+from vpgtrans.engine.data.scenes import (
+    Scene,
+    attributes_right,
+    caption,
+    parse_caption,
+    questions,
+    random_scene,
+    render,
+    write_world,
+)
 
 
 def test_every_caption_states_its_scene():
@@ -25,7 +34,14 @@ def test_every_caption_states_its_scene():
 
 @pytest.mark.parametrize("change", ["size", "colour", "shape", "relation", "landmark", "background"])
 def test_each_wrong_attribute_is_wrong(change):
-    other = {"size": "large", "colour": "blue", "shape": "star", "relation": "right", "landmark": "bar", "background": "black"}
+    other = {
+        "size": "large",
+        "colour": "blue",
+        "shape": "star",
+        "relation": "right",
+        "landmark": "bar",
+        "background": "black",
+    }
     scene = Scene("small", "red", "circle", "left", "ring", "white")
     rng = np.random.default_rng(1)
     wrong = Scene(**{**scene.__dict__, change: other[change]})
@@ -34,7 +50,9 @@ def test_each_wrong_attribute_is_wrong(change):
         assert not attributes_right(caption(wrong, rng), [caption(scene, rng)])
 
 
-@pytest.mark.parametrize("text", ["", "a red circle", "a small red circle on white", "a small red circle left of a ring on white on black"])
+@pytest.mark.parametrize(
+    "text", ["", "a red circle", "a small red circle on white", "a small red circle left of a ring on white on black"]
+)
 def test_incomplete_captions_state_nothing(text):
     assert parse_caption(text) is None
     assert not attributes_right(text, ["a small red circle left of a ring on white"])
@@ -55,8 +73,15 @@ def test_questions_have_the_right_answers():
 
 
 def test_a_rendered_thing_has_its_colour_where_the_relation_puts_it():
-    for relation, half in (("left", np.s_[:, :36]), ("right", np.s_[:, 36:]), ("above", np.s_[:36]), ("below", np.s_[36:])):
-        picture = np.asarray(render(Scene("large", "blue", "circle", relation, "ring", "white"), np.random.default_rng(3))).astype(int)
+    for relation, half in (
+        ("left", np.s_[:, :36]),
+        ("right", np.s_[:, 36:]),
+        ("above", np.s_[:36]),
+        ("below", np.s_[36:]),
+    ):
+        picture = np.asarray(
+            render(Scene("large", "blue", "circle", relation, "ring", "white"), np.random.default_rng(3))
+        ).astype(int)
         bluish = (picture[..., 2] - picture[..., 0] > 100).astype(int)
         assert bluish[half].sum() > 0.9 * bluish.sum() > 150
 
@@ -66,12 +91,16 @@ def test_files_are_what_the_readers_expect(tmp_path):
     write_world(tmp_path / "b", train=3, source=2, val=4, text=5, seed=9)
     assert counts == {"train": 3, "source": 2, "val": 4, "text": 5}
     for split in ("train", "source", "val"):
-        found = read_captions(tmp_path / "a" / f"captions_{split}.json", tmp_path / "a" / "images", verify_images="full")
+        found = read_captions(
+            tmp_path / "a" / f"captions_{split}.json", tmp_path / "a" / "images", verify_images="full"
+        )
         assert [len(r.captions) for r in found.records] == [5] * counts[split] and not found.refused.named
     asked = read_questions(tmp_path / "a" / "questions_val.json", tmp_path / "a" / "answers_val.json").records
     assert len(asked) == 12 and all(len(q.answers) == 10 for q in asked)
     for path in (tmp_path / "a").rglob("*.j*"):
         assert path.read_bytes() == (tmp_path / "b" / path.relative_to(tmp_path / "a")).read_bytes()
     assert Image.open(next((tmp_path / "a" / "images").iterdir())).size == (72, 72)
-    ids = [set(i["id"] for i in json.loads((tmp_path / "a" / f"captions_{s}.json").read_text())["images"]) for s in counts]
+    ids = [
+        set(i["id"] for i in json.loads((tmp_path / "a" / f"captions_{s}.json").read_text())["images"]) for s in counts
+    ]
     assert sum(len(i) for i in ids) == len(set().union(*ids))

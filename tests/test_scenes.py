@@ -100,7 +100,6 @@ def test_files_are_what_the_readers_expect(tmp_path):
     for path in (tmp_path / "a").rglob("*.j*"):
         assert path.read_bytes() == (tmp_path / "b" / path.relative_to(tmp_path / "a")).read_bytes()
     assert Image.open(next((tmp_path / "a" / "images").iterdir())).size == (72, 72)
-    ids = [
-        set(i["id"] for i in json.loads((tmp_path / "a" / f"captions_{s}.json").read_text())["images"]) for s in counts
-    ]
+    read = (json.loads((tmp_path / "a" / f"captions_{split}.json").read_text()) for split in counts)
+    ids = [{image["id"] for image in told["images"]} for told in read]
     assert sum(len(i) for i in ids) == len(set().union(*ids))

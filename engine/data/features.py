@@ -120,7 +120,8 @@ def _cache_key(data: CaptionData, tower: VisionTower, transform: str, seed: int,
     digest = hashlib.sha256()
     for name, tensor in sorted(tower.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        # flattened first: a 1 x 1 kernel in channels-last counts as contiguous and still has a last stride above 1
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     # The random views depend on the seed; the eval transform does not.
     settings = [
         tower.image_size,

@@ -89,7 +89,10 @@ class TransferData(_Section):
     vision_cache: bool = Field(
         False, description="compute the frozen tower once an image (and view) and memory-map its outputs"
     )
-    verify_images: Literal["none", "header", "full"] = "header"
+    verify_images: Literal["none", "header", "full"] = Field(
+        "full",
+        description="full: decode every image once before training, so that none stops an epoch; header is quicker for large sets",
+    )
 
 
 class Vision(_Section):
@@ -346,7 +349,10 @@ class PairedData(_Section):
     transform: Literal["train", "eval"] = "eval"
     vision_cache: bool = Field(True, description="vpg only: compute the frozen tower once an image")
     views: Positive = 1
-    verify_images: Literal["none", "header", "full"] = "header"
+    verify_images: Literal["none", "header", "full"] = Field(
+        "full",
+        description="full: decode every image once before training, so that none stops an epoch; header is quicker for large sets",
+    )
 
 
 class VisionRecipe(_Recipe):

@@ -41,12 +41,13 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     from .checkpoint import CheckpointError
     from .data.coco import DataError
+    from .data.images import ImageRefused
     from .loop import RunStopped, run
     from .models.llm import ModelError
 
     try:
         run(recipe)
-    except (CheckpointError, DataError, ModelError) as error:
+    except (CheckpointError, DataError, ImageRefused, ModelError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
     except RunStopped as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from vpgtrans.engine.loop import run
@@ -165,6 +167,28 @@ def test_tensors_that_do_not_fit_are_named(tiny_recipe, tiny_world, tmp_path, ca
     assert main([str(tiny_recipe), f"source.vlm={wrong}"]) == 2
     message = capsys.readouterr().err
     assert "query_tokens: missing" in message and "ln_vision.weight: expected (16,), found (17,)" in message
+
+
+def test_bad_images_and_captions_are_refused_by_name_and_the_run_goes_on(tiny_recipe, tiny_world, tmp_path):
+    """Truncated, empty, CMYK, grayscale and missing files, and captions that are empty or no strings, in one training set."""
+    world = tmp_path / "world"
+    shutil.copytree(tiny_world / "world", world)
+    files = sorted((world / "images").glob("*.jpg"))[:24]
+    files[0].write_bytes(files[0].read_bytes()[:400])
+    files[1].write_bytes(b"")
+    Image.open(files[2]).convert("CMYK").save(files[2])
+    Image.open(files[3]).convert("L").save(files[3])
+    files[4].unlink()
+    told = json.loads((world / "captions_train.json").read_text())
+    told["annotations"][30]["caption"] = "  ... "
+    told["annotations"][31]["caption"] = None
+    (world / "captions_train.json").write_text(json.dumps(told))
+    data = f"data.train=[{{name: bad, captions: {world / 'captions_train.json'}, images: {world / 'images'}}}]"
+    assert run(load_recipe(tiny_recipe, [data, "evaluation.generate_images=0"]))["pairs"] == 220
+    report = json.loads((tmp_path / "run" / "refused-bad.json").read_text())
+    assert report["counts"]["images"] == {"truncated": 1, "empty": 1, "missing": 1}
+    assert sum(report["counts"]["captions"].values()) == 2
+    assert any(files[0].name in json.dumps(entry) for entry in report["named"])
 
 
 def start(recipe: Path, folder: Path) -> subprocess.Popen:

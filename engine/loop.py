@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from . import outcome
-from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, trainable_tensors
+from .checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint, trainable_tensors
 from .data.coco import read_image_data, read_questions
 from .data.features import FeatureSource, open_features
 from .data.packing import CaptionData, Group, PackedBatch, Position, Subset, UpdateOrder, join, pack_update, tokenize
@@ -80,6 +81,8 @@ def run(recipe: TransferRecipe) -> dict[str, Any]:
     folder = recipe.output.folder
     found, passed_over = latest_checkpoint(folder / "checkpoints")
     progress = Progress(**_state(found)) if found else Progress()
+    if found:
+        _check_same_recipe(recipe, folder)
     log = RunLog(
         folder,
         enabled=runtime.is_main,
@@ -112,13 +115,26 @@ def run(recipe: TransferRecipe) -> dict[str, Any]:
         stop()
 
 
+def _check_same_recipe(recipe: TransferRecipe, folder: Path) -> None:
+    """A folder with checkpoints goes on only with the recipe that made them; `output` and `threads` may differ."""
+    path = folder / "recipe.yaml"
+    before = yaml.safe_load(path.read_text()) if path.is_file() else {}
+    now = recipe.model_dump(mode="json")
+    changed = [k for k in now if k not in ("output", "threads", "inputs_from") and before.get(k, now[k]) != now[k]]
+    if changed:
+        raise CheckpointError(
+            f"{folder}: holds checkpoints of another recipe; {', '.join(changed)} differ. "
+            "Give another output.folder, go on with the recipe.yaml that lies there, or delete the folder"
+        )
+
+
 def _state(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / "state.json").read_text())
 
 
 def _prepare(recipe: TransferRecipe, runtime: Runtime, log: RunLog, progress: Progress) -> Run:
     tower = load_tower(recipe.vision)
-    model, origins = build_model(recipe, tower)
+    model, origins = build_model(recipe, tower, runtime.compute_dtype)
     layout = recipe.data
     sets, subsets, at = [], {}, 0
     for entry in layout.train:

@@ -106,6 +106,27 @@ def test_a_finished_run_is_a_source(tiny_recipe, tiny_world, tmp_path):
     assert run(load_recipe(tiny_recipe, again))["pairs"] == 22
 
 
+def test_a_folder_of_another_recipe_is_refused(tiny_recipe, capsys):
+    from vpgtrans.engine.train import main
+
+    short = ["stages.0.pairs=11", "stages.1.pairs=11", "evaluation.generate_images=0"]
+    assert main([str(tiny_recipe), *short]) == 0
+    assert main([str(tiny_recipe), *short, "output.log_every_updates=5", "threads=null"]) == 0
+    assert main([str(tiny_recipe), *short, "stages.1.learning_rate=0.5"]) == 2
+    assert "stages differ" in capsys.readouterr().err
+
+
+def test_bfloat16_follows_float32(tiny_recipe, tmp_path):
+    """Compute in bfloat16 over float32 master weights: nearly the same curve, and the trained tensors stay float32."""
+    short = ["stages.0.pairs=22", "stages.1.pairs=22", "evaluation.generate_images=2"]
+    plain = run(load_recipe(tiny_recipe, short))
+    half = run(load_recipe(tiny_recipe, [*short, "precision=bf16", f"output.folder={tmp_path / 'half'}"]))
+    assert half["final_val_loss"] == pytest.approx(plain["final_val_loss"], rel=0.02)
+    assert half["final_val_loss"] != plain["final_val_loss"]
+    tensors = load_file(tmp_path / "half" / "model" / "model.safetensors")
+    assert all(t.dtype == torch.float32 for t in tensors.values())
+
+
 def test_the_vision_cache_changes_nothing(tiny_recipe, tmp_path):
     short = ["stages.0.pairs=22", "stages.1.pairs=22", "evaluation.generate_images=0", "data.transform=eval"]
     live = run(load_recipe(tiny_recipe, short))

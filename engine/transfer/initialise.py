@@ -38,12 +38,14 @@ class Origins:
     source_words: torch.Tensor | None = field(default=None, repr=False)
 
 
-def build_model(recipe: TransferRecipe, tower: VisionTower) -> tuple[VisionLanguageModel, Origins]:
-    """The vision-language model of a recipe, before its first stage, on the CPU in float32 master weights.
+def build_model(
+    recipe: TransferRecipe, tower: VisionTower, dtype: torch.dtype = torch.float32
+) -> tuple[VisionLanguageModel, Origins]:
+    """The vision-language model of a recipe, before its first stage, on the CPU: what trains in float32, the language model in `dtype`.
 
     Raises ModelError or CheckpointError, before any training, when a part is missing or does not fit.
     """
-    llm = load_language_model(recipe.target.llm)
+    llm = load_language_model(recipe.target.llm, dtype)
     vpg, vpg_origin = _build_vpg(recipe, tower.width)
     origins = Origins(vpg_origin, "", llm.path, tower.path)
     projector = _build_projector(recipe, vpg, llm, origins)

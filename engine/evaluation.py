@@ -58,15 +58,16 @@ class Validator:
     def loss(self, model: VisionLanguageModel) -> float:
         """Cross-entropy per target token over the whole set, every rank its share of the micro-batches."""
         total = torch.zeros(2, dtype=torch.float64, device=self.runtime.device)
-        for batch in self._batches[self.runtime.rank :: self.runtime.world_size]:
-            with evaluating(model), self.runtime.autocast():
-                summed = model.loss_sum(self.features(batch.groups), batch.to(self.runtime.device))
-            total += torch.stack(
-                [
-                    summed.double(),
-                    torch.tensor(float(batch.target_count), dtype=torch.float64, device=self.runtime.device),
-                ]
-            )
+        with evaluating(model):
+            for batch in self._batches[self.runtime.rank :: self.runtime.world_size]:
+                with self.runtime.autocast():
+                    summed = model.loss_sum(self.features(batch.groups), batch.to(self.runtime.device))
+                total += torch.stack(
+                    [
+                        summed.double(),
+                        torch.tensor(float(batch.target_count), dtype=torch.float64, device=self.runtime.device),
+                    ]
+                )
         self.runtime.sum_(total)
         return (total[0] / total[1]).item()
 

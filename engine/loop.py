@@ -260,9 +260,8 @@ def _loop(
 ) -> None:
     recipe, progress, runtime = this.recipe, this.progress, this.runtime
     parameters = list(tensors.values())
-    losses = torch.zeros(
-        2, dtype=torch.float64, device=runtime.device
-    )  # sum over the updates since the last log, and their number
+    # Since the last log: sum of the losses, good updates, bad updates.
+    losses = torch.zeros(3, dtype=torch.float64, device=runtime.device)
     skipped_in_a_row = torch.zeros((), device=runtime.device)
     next_eval = _next(progress.stage_pairs, stage.eval_every_pairs)
     next_save = _next(progress.stage_pairs, recipe.output.checkpoint_every_pairs)
@@ -288,7 +287,8 @@ def _loop(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         skipped_in_a_row = (skipped_in_a_row + 1) * bad
-        losses += torch.stack([torch.nan_to_num(loss.double(), 0.0, 0.0, 0.0) * (1 - bad), 1 - bad.double()])
+        finite_loss = torch.nan_to_num(loss.double(), 0.0, 0.0, 0.0)
+        losses += torch.stack([finite_loss * (1 - bad), 1 - bad.double(), bad.double()])
         pairs = sum(len(g.captions) for g in groups)
         progress.stage_pairs += pairs
         progress.pairs += pairs
@@ -338,10 +338,10 @@ def _log_train(
     this: Run, index: int, stage: Stage, losses: Tensor, norm: Tensor, skipped_in_a_row: Tensor, rate: float, total: int
 ) -> None:
     progress, log = this.progress, this.log
-    loss_sum, counted, skipped, grad_norm = (*losses.tolist(), skipped_in_a_row.item(), norm.item())
+    loss_sum, counted, skipped = losses.tolist()
+    in_a_row, grad_norm = skipped_in_a_row.item(), norm.item()
     losses.zero_()
-    updates = this.recipe.output.log_every_updates
-    if counted < updates and skipped:
+    if skipped:
         progress.skipped += int(skipped)
         log.warn(
             "update_skipped",
@@ -349,9 +349,9 @@ def _log_train(
             step=progress.step,
             value=skipped,
         )
-    if skipped >= this.recipe.output.max_skipped_updates:
+    if in_a_row >= this.recipe.output.max_skipped_updates:
         raise RunStopped(
-            f"{int(skipped)} updates in a row were not finite, the last at update {progress.step}; lower the learning rate, or use precision=fp32"
+            f"{int(in_a_row)} updates in a row were not finite, the last at update {progress.step}; lower the learning rate, or use precision=fp32"
         )
     loss = loss_sum / max(counted, 1)
     speed = progress.pairs / max(progress.seconds, 1e-9)

@@ -258,3 +258,19 @@ def _last_step(folder: Path) -> int:
         if line.endswith("}"):
             steps.append(json.loads(line).get("step", 0))
     return max(steps)
+
+
+def test_a_skipped_update_between_two_logs_is_counted(tiny_recipe, tmp_path, monkeypatch):
+    """One bad update among good ones: skipped, counted once and warned of, though the update before the log was fine."""
+    from vpgtrans.engine import loop
+
+    real, calls = loop._accumulate, []
+
+    def one_bad(*arguments):
+        calls.append(1)
+        return real(*arguments) * (float("nan") if len(calls) == 3 else 1.0)
+
+    monkeypatch.setattr(loop, "_accumulate", one_bad)
+    summary = run(load_recipe(tiny_recipe, ["evaluation.generate_images=0", "output.log_every_updates=6"]))
+    assert summary["skipped_updates"] == 1 and summary["pairs"] == 220
+    assert [e["value"] for e in events(tmp_path / "run", "warning") if e["name"] == "update_skipped"] == [1.0]

@@ -22,6 +22,7 @@ from ..recipe import LMRecipe, TrainTokenizer
 from ..runlog import console
 from ..runtime import start
 from .fit import fit
+from .pairs import pad_ids
 from .tokenizer import train_word_level
 from .vocabulary import load_tokenizer, trim_tokenizer
 
@@ -118,23 +119,12 @@ def document(scene: SceneText, special: SpecialTokens, recipe: LMRecipe, rng: np
 
 def causal_loss(model: PreTrainedModel, documents: list[list[int]], pad: int, device: torch.device) -> Tensor:
     """Token-mean cross-entropy of right-padded documents."""
-    ids, lengths = pad_right(documents, pad)
-    ids, lengths = ids.to(device), lengths.to(device)
+    ids, real = pad_ids(documents, pad, device)
     hidden = model.base_model(
         input_ids=ids, use_cache=False
     ).last_hidden_state  # padding is on the right, so causal needs no mask
-    real = torch.arange(1, ids.shape[1], device=device)[None] < lengths[:, None]
-    logits = model.get_output_embeddings()(hidden[:, :-1][real])
-    return F.cross_entropy(logits.float(), ids[:, 1:][real])
-
-
-def pad_right(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """Ragged ids -> (rows, longest) int64 and lengths (rows,)."""
-    lengths = torch.tensor([len(r) for r in rows])
-    ids = torch.full((len(rows), int(lengths.max())), pad)
-    for row, values in enumerate(rows):
-        ids[row, : len(values)] = torch.tensor(values)
-    return ids, lengths
+    logits = model.get_output_embeddings()(hidden[:, :-1][real[:, 1:]])
+    return F.cross_entropy(logits.float(), ids[:, 1:][real[:, 1:]])
 
 
 @torch.no_grad()
@@ -157,13 +147,13 @@ def context_losses(
             return {"loss": float("nan"), **{f"context_loss_{k}": float("nan") for k in CONTEXT_COUNTS}}
         total = tokens = 0.0
         for at in range(0, len(rows), 64):
-            ids, lengths = pad_right(rows[at : at + 64], special.pad)
-            index = torch.arange(1, ids.shape[1])[None]
-            real = (index < lengths[:, None]) & (index > torch.tensor(starts[at : at + 64])[:, None])
-            hidden = model.base_model(input_ids=ids.to(device), use_cache=False).last_hidden_state
-            logits = model.get_output_embeddings()(hidden[:, :-1][real.to(device)])
-            total += F.cross_entropy(logits.float(), ids[:, 1:][real].to(device), reduction="sum").item()
-            tokens += int(real.sum())
+            ids, real = pad_ids(rows[at : at + 64], special.pad, device)
+            after = torch.tensor(starts[at : at + 64], device=device)[:, None]
+            told = real[:, 1:] & (torch.arange(1, ids.shape[1], device=device)[None] > after)
+            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            logits = model.get_output_embeddings()(hidden[:, :-1][told])
+            total += F.cross_entropy(logits.float(), ids[:, 1:][told], reduction="sum").item()
+            tokens += int(told.sum())
         scores[f"context_loss_{count}"] = total / tokens
     return {"loss": scores[f"context_loss_{CONTEXT_COUNTS[-1]}"], **scores}
 

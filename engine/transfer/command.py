@@ -26,7 +26,7 @@ def convert(recipe: TransferRecipe, out: str | None) -> ConverterReport:
         raise RecipeError("source.vlm: expected the run whose projector is to be converted, got nothing")
     target = load_language_model(recipe.target.llm)
     config, _ = read_parts(recipe.source.vlm)
-    converter, report = fitted_converter(recipe, target)
+    converter, report, _ = fitted_converter(recipe, target)
     console.print(converter_table(report))
     if out is not None:
         folder = Path(out)

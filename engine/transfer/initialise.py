@@ -87,8 +87,7 @@ def _build_projector(recipe: TransferRecipe, vpg: VPG, llm: LanguageModel, origi
             )
         origins.projector = f"{recipe.source.vlm}"
         return projector
-    source_llm = load_language_model(str(read_parts(recipe.source.vlm)[0]["llm"]))
-    converter, origins.converter = fit_converter(source_llm, llm, recipe.converter, recipe.seed)
+    converter, origins.converter, source_llm = fitted_converter(recipe, llm)
     origins.source_projector, origins.source_words = projector, source_llm.word_embeddings()
     origins.projector = f"{recipe.source.vlm}, merged with the {origins.converter.method} word converter"
     return merge(projector, converter)
@@ -112,8 +111,10 @@ def load_projector(folder: Path, width: int) -> nn.Linear:
     return projector
 
 
-def fitted_converter(recipe: TransferRecipe, llm: LanguageModel) -> tuple[WordConverter | None, ConverterReport]:
-    """The converter of a recipe alone, for `vpgtrans convert`."""
+def fitted_converter(
+    recipe: TransferRecipe, llm: LanguageModel
+) -> tuple[WordConverter | None, ConverterReport, LanguageModel]:
+    """The converter of a recipe from its source's language model, which is returned too."""
     assert recipe.source.vlm is not None
     source_llm = load_language_model(str(read_parts(recipe.source.vlm)[0]["llm"]))
-    return fit_converter(source_llm, llm, recipe.converter, recipe.seed)
+    return *fit_converter(source_llm, llm, recipe.converter, recipe.seed), source_llm

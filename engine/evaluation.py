@@ -12,7 +12,7 @@ from torch import nn
 
 from .data.coco import QuestionRecord
 from .data.features import FeatureSource
-from .data.packing import CaptionData, Group, PackedBatch, pack_update
+from .data.packing import Batch, CaptionData, Group
 from .data.scenes import attributes_right
 from .models.vlm import VisionLanguageModel
 from .recipe import Evaluation, Generation, TransferData
@@ -45,18 +45,18 @@ class Validator:
     settings: Evaluation
     runtime: Runtime
     questions: list[QuestionRecord]
-    _batches: list[PackedBatch] = field(default_factory=list)
+    _batches: list[Batch] = field(default_factory=list)
 
     def pack(self, model: VisionLanguageModel, layout: TransferData) -> None:
-        """All captions of every validation image, grouped and packed."""
-        groups = [Group(i, 0, tuple(range(len(ids)))) for i, ids in enumerate(self.data.ids)]
-        self._batches = pack_update(
-            groups, self.data, model.queries, layout.row_tokens, layout.rows_per_micro_batch, model.llm.special.pad
-        )
+        """All captions of the first `loss_images` validation images, grouped and packed."""
+        groups = [
+            Group(i, 0, tuple(range(len(ids)))) for i, ids in enumerate(self.data.ids[: self.settings.loss_images])
+        ]
+        self._batches = list(model.pack(groups, self.data, layout))
 
     @torch.no_grad()
     def loss(self, model: VisionLanguageModel) -> float:
-        """Cross-entropy per target token over the whole set, every rank its share of the micro-batches."""
+        """Cross-entropy per target token over all packed captions, every rank its share of the micro-batches."""
         total = torch.zeros(2, dtype=torch.float64, device=self.runtime.device)
         with evaluating(model):
             for batch in self._batches[self.runtime.rank :: self.runtime.world_size]:

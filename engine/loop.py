@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from . import outcome
 from .checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint, trainable_tensors
 from .data.coco import read_image_data, read_questions
 from .data.features import FeatureSource, open_features
-from .data.packing import CaptionData, Group, PackedBatch, Position, Subset, UpdateOrder, join, pack_update, tokenize
+from .data.packing import Batch, CaptionData, Group, Position, Subset, UpdateOrder, join, tokenize
 from .diagnostics import Watch
 from .evaluation import Validator
 from .models.vision import load_tower
@@ -135,6 +136,8 @@ def _state(checkpoint: Path) -> dict[str, Any]:
 def _prepare(recipe: TransferRecipe, runtime: Runtime, log: RunLog, progress: Progress) -> Run:
     tower = load_tower(recipe.vision)
     model, origins = build_model(recipe, tower, runtime.compute_dtype)
+    for report in origins.loaded:
+        log.say(f"{report.path}:\n  " + "\n  ".join(report.lines()))
     layout = recipe.data
     sets, subsets, at = [], {}, 0
     for entry in layout.train:
@@ -268,10 +271,9 @@ def _loop(
     started = time.perf_counter()
     while progress.stage_pairs < total:
         groups = order.next_update(min(stage.batch_pairs, total - progress.stage_pairs))
-        batches = pack_update(
-            groups, this.data, this.model.queries, recipe.data.row_tokens, recipe.data.rows_per_micro_batch, this.model.llm.special.pad,
-            fixed_shape=runtime.device.type == "cuda",
-        )  # fmt: skip
+        batches = this.model.pack(
+            groups, this.data, recipe.data, fixed_shape=runtime.device.type == "cuda", split_seed=recipe.seed
+        )
         rate = learning_rate(
             progress.stage_pairs, total, stage.learning_rate, schedule=stage.schedule, minimum=stage.min_learning_rate,
             warmup=stage.warmup_pairs, warmup_start=stage.warmup_learning_rate,
@@ -315,7 +317,7 @@ def _loop(
             started = time.perf_counter()
 
 
-def _accumulate(this: Run, batches: list[PackedBatch], parameters: list[Tensor]) -> Tensor:
+def _accumulate(this: Run, batches: Sequence[Batch], parameters: list[Tensor]) -> Tensor:
     """Gradients of the token mean over the whole update; returns that mean.  Every rank plans the same update and computes its share."""
     targets = sum(b.target_count for b in batches)
     total = torch.zeros((), device=this.runtime.device)

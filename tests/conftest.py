@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from vpgtrans.engine.data.scenes import BACKGROUNDS, COLOURS, LANDMARKS, SHAPES, SIZES
+from vpgtrans.engine.models.causal import CausalLanguageModel
 from vpgtrans.engine.models.llm import LanguageModel
 from vpgtrans.engine.pretrain.tokenizer import train_word_level
 
@@ -40,7 +41,7 @@ def _tiny_opt(tokenizer, *, width: int = 32, embedding_width: int | None = None,
         pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     config._attn_implementation = "sdpa"
-    return LanguageModel(_spread(OPTForCausalLM(config)), tokenizer, "tiny-opt")
+    return CausalLanguageModel(_spread(OPTForCausalLM(config)), tokenizer, "tiny-opt")
 
 
 def _tiny_llama(tokenizer, *, width: int = 32, seed: int = 0) -> LanguageModel:
@@ -51,7 +52,7 @@ def _tiny_llama(tokenizer, *, width: int = 32, seed: int = 0) -> LanguageModel:
         max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     config._attn_implementation = "sdpa"
-    return LanguageModel(_spread(LlamaForCausalLM(config)), tokenizer, "tiny-llama")
+    return CausalLanguageModel(_spread(LlamaForCausalLM(config)), tokenizer, "tiny-llama")
 
 
 def _spread(model):

@@ -10,7 +10,8 @@ from transformers import Blip2QFormerConfig, Blip2QFormerModel, Blip2VisionConfi
 
 from vpgtrans.engine.data.images import load_pixels, normalise
 from vpgtrans.engine.evaluation import evaluating
-from vpgtrans.engine.models.llm import LanguageModel, ModelError, check_contract, special_tokens
+from vpgtrans.engine.models.causal import CausalLanguageModel
+from vpgtrans.engine.models.llm import ModelError, special_tokens
 from vpgtrans.engine.models.qformer import QFormer
 from vpgtrans.engine.models.vision import MobileNetV2, eva_vit, load_tower
 from vpgtrans.engine.models.vlm import VisionLanguageModel
@@ -115,7 +116,7 @@ def test_mobilenet_gives_a_grid():
 
 @pytest.mark.parametrize("family", ["opt", "opt-350m", "llama"])
 def test_contract_holds(family, make_llm):
-    check_contract(make_llm(family))
+    make_llm(family).check_contract()
 
 
 def test_contract_finds_a_model_that_ignores_its_mask(make_llm, monkeypatch):
@@ -123,7 +124,7 @@ def test_contract_finds_a_model_that_ignores_its_mask(make_llm, monkeypatch):
     whole = llm.hidden_states
     monkeypatch.setattr(llm, "hidden_states", lambda x, p, m: whole(x, p, torch.ones_like(m).tril()))
     with pytest.raises(ModelError, match="shared prefix"):
-        check_contract(llm)
+        llm.check_contract()
 
 
 def test_embed_is_what_enters_the_first_block(make_llm):
@@ -154,7 +155,7 @@ def test_an_encoder_decoder_is_refused(word_tokenizer):
 
     config = T5Config(vocab_size=60, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
     with pytest.raises(ModelError, match="decoder-only"):
-        LanguageModel(T5ForConditionalGeneration(config), word_tokenizer)
+        CausalLanguageModel(T5ForConditionalGeneration(config), word_tokenizer)
 
 
 def model_of(llm) -> VisionLanguageModel:

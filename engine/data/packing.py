@@ -11,20 +11,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ...kernels.row_packing import pack_rows
-from ..models.llm import LanguageModel
 from .coco import CaptionSet, DataError
 from .images import sample_rng
+
+if TYPE_CHECKING:
+    from ..models.llm import LanguageModel
 
 
 @dataclass(frozen=True)
 class CaptionData:
-    """Captioned images with token ids: `ids[i][k]` is caption k of image i, BOS and newline included."""
+    """Captioned images with token ids: `ids[i][k]` is caption k of image i, framed as the language model packs them."""
 
     name: str
     records: Sequence
@@ -152,6 +155,20 @@ class UpdateOrder:
             return list(range(count))
         chosen = sample_rng(self.seed, epoch, f"captions/{image}").choice(count, self.limit, replace=False)
         return sorted(int(c) for c in chosen)
+
+
+class Batch(Protocol):
+    """What the loop asks of a micro-batch, whatever the family."""
+
+    groups: list[Group]
+
+    @property
+    def pair_count(self) -> int: ...
+
+    @property
+    def target_count(self) -> int: ...
+
+    def to(self, device: torch.device) -> Batch: ...
 
 
 @dataclass(frozen=True)

@@ -1,47 +1,35 @@
-"""One adapter for any decoder-only Hugging Face language model, kept frozen.
+"""Frozen Hugging Face language models behind one adapter: what the engine needs of a family, and nothing more.
 
-The contract, checked by `check_contract` on a short sequence when a model is loaded:
-
-* `embed(ids)` is what enters the first block (OPT-350M's 512-wide embeddings after `project_in`, Gemma's after scaling);
-* `hidden_states(embed(ids), positions, mask)` followed by `logits` equals the model's own forward of `ids`;
-* a boolean mask (rows, 1, tokens, tokens) and explicit positions are honoured, which is what lets the captions of one image share
-  their visual prefix in one row.
+`LanguageModel` is what every family has in common; `CausalLanguageModel` (causal.py) and `Seq2SeqLanguageModel` (seq2seq.py) say how a
+family takes soft prompts, packs captions, counts its loss and generates.  `load_language_model` picks one and checks its contract.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
+
+from ..recipe import Generation
+
+if TYPE_CHECKING:
+    from ..data.packing import Batch, CaptionData, Group
 
 
 class ModelError(ValueError):
     """A model or checkpoint that cannot be used; the message says what was expected, what came and the remedy."""
 
 
-class ProjectedEmbedding(nn.Module):
-    """Word embedding followed by the model's input projection (OPT-350M), so that one call gives what enters the first block."""
-
-    def __init__(self, embedding: nn.Embedding, project_in: nn.Linear):
-        super().__init__()
-        self.embedding = embedding
-        self.project_in = project_in
-
-    @property
-    def weight(self) -> Tensor:
-        return self.embedding.weight
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.project_in(self.embedding(ids))
-
-
 @dataclass(frozen=True)
 class SpecialTokens:
-    """The ids that frame a caption: `[visual][bos][caption][newline]` (REFERENCE: the reference ends captions with a newline)."""
+    """The ids that frame a caption: `[visual][bos][caption][newline]` (as in the authors' code); encoder-decoders end with `eos` instead."""
 
     bos: int
     eos: int
@@ -49,30 +37,26 @@ class SpecialTokens:
     newline: int
 
 
-class LanguageModel(nn.Module):
-    """A frozen decoder-only language model and its tokenizer, behind the four calls that the engine needs."""
+class LanguageModel(nn.Module, ABC):
+    """A frozen language model and its tokenizer.  Shapes: G groups (images), Q queries, W width of a word embedding."""
+
+    is_encoder_decoder = False
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str = ""):
         super().__init__()
-        if model.config.is_encoder_decoder:
-            raise ModelError(
-                f"llm: expected a decoder-only model, got the encoder-decoder {model.config.model_type!r} at {path!r}; "
-                "choose an OPT, LLaMA or other causal language model"
-            )
+        if bool(model.config.is_encoder_decoder) != self.is_encoder_decoder:
+            wanted = "an encoder-decoder" if self.is_encoder_decoder else "a decoder-only"
+            raise ModelError(f"llm: expected {wanted} model, got {model.config.model_type!r} at {path!r}")
         rows, vocabulary = model.get_input_embeddings().num_embeddings, len(tokenizer)
         if vocabulary > rows:
             raise ModelError(
                 f"tokenizer: expected at most {rows} entries (rows of the word embedding of {path!r}), got {vocabulary}; "
                 "the tokenizer belongs to another model"
             )
-        decoder = getattr(model.base_model, "decoder", None)
-        if getattr(decoder, "project_in", None) is not None:
-            decoder.embed_tokens = ProjectedEmbedding(decoder.embed_tokens, decoder.project_in)
-            decoder.project_in = None
         self.model = model
         self.tokenizer = tokenizer
         self.path = path
-        self.special = special_tokens(tokenizer, path)
+        self.special = special_tokens(tokenizer, path, newline=not self.is_encoder_decoder)
         self.hidden_width = int(model.config.hidden_size)
         self.model.requires_grad_(False).eval()
 
@@ -85,37 +69,90 @@ class LanguageModel(nn.Module):
         return sum(p.numel() for p in self.model.parameters())
 
     def embed(self, ids: Tensor) -> Tensor:
-        """ids (...) int64 -> (..., hidden_width): what enters the first block, before positions."""
+        """ids (...) int64 -> (..., W): what enters the first block, before positions."""
         return self.model.get_input_embeddings()(ids)
 
     def word_embeddings(self) -> Tensor:
-        """(vocabulary, hidden_width): `embed` of every id of the tokenizer."""
+        """(vocabulary, W): `embed` of every id of the tokenizer."""
         device = next(self.model.parameters()).device
         with torch.no_grad():
             return self.embed(torch.arange(self.vocabulary_size, device=device))
 
-    def hidden_states(self, inputs: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-        """inputs (rows, tokens, width), positions (rows, tokens) int64, mask (rows, 1, tokens, tokens) bool -> (rows, tokens, head width)."""
-        return self.model.base_model(
-            inputs_embeds=inputs, position_ids=positions, attention_mask=mask, use_cache=False
-        ).last_hidden_state
+    def text_ids(self, text: str) -> list[int]:
+        """Ids of a text without any special token."""
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden (n, head width) -> (n, rows of the head), with the model's own soft-cap where it has one."""
-        logits = self.model.get_output_embeddings()(hidden)
-        softcap = getattr(self.model.config, "final_logit_softcapping", None)
-        return torch.tanh(logits / softcap) * softcap if softcap else logits
-
+    @abstractmethod
     def caption_ids(self, caption: str, max_tokens: int) -> list[int]:
-        """`[bos] caption [newline]`; a caption over `max_tokens` (BOS included, newline not) is cut, as in the reference."""
-        text = self.tokenizer(caption, add_special_tokens=False)["input_ids"]
-        return [self.special.bos, *text[: max_tokens - 1], self.special.newline]
+        """Ids of one caption as `pack` wants them."""
+
+    @abstractmethod
+    def pack(
+        self,
+        groups: list[Group],
+        data: CaptionData,
+        queries: int,
+        *,
+        row_tokens: int,
+        rows_per_batch: int,
+        fixed_shape: bool = False,
+        split_seed: int | None = None,
+    ) -> Sequence[Batch]:
+        """The groups of an update as micro-batches; `split_seed` (encoder-decoders, in training): split captions at random words."""
+
+    @abstractmethod
+    def loss_sum(self, prompts: Tensor, batch: Any) -> Tensor:
+        """prompts (G, Q, W) of `batch.groups` -> scalar in float32 or wider, cross-entropy summed over `batch.target_count` targets."""
+
+    @abstractmethod
+    def generate_ids(self, prompts: Tensor, texts: Sequence[str], settings: Generation) -> Tensor:
+        """prompts (B, Q, W), texts B strings ("" for a caption) -> (B, new tokens) int64, padded after the end."""
+
+    @torch.no_grad()
+    def generate(self, prompts: Tensor, texts: Sequence[str], settings: Generation) -> list[str]:
+        """One answer an image, as text without special tokens; it ends at EOS or, where captions do, at a newline."""
+        ids = self.generate_ids(prompts, texts, settings)
+        return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+    def end_ids(self) -> list[int]:
+        """Ids that end an answer."""
+        return sorted({self.special.eos, self.special.newline})
+
+    def generation_config(self, settings: Generation, **more: Any) -> GenerationConfig:
+        """transformers' settings for ours."""
+        config = GenerationConfig(
+            do_sample=False, num_beams=settings.num_beams, max_new_tokens=settings.max_new_tokens,
+            min_new_tokens=settings.min_new_tokens or None, length_penalty=settings.length_penalty if settings.num_beams > 1 else None,
+            pad_token_id=self.special.pad, eos_token_id=self.end_ids(), use_cache=True, **more,
+        )  # fmt: skip
+        return config
 
 
-def special_tokens(tokenizer: PreTrainedTokenizerBase, path: str = "") -> SpecialTokens:
+class prompt_counts_in_beam_score:
+    """Inside, a beam's score is its log-probability over (prompt + generated tokens)^length_penalty, as in the library version that the
+    authors used; transformers today divides by the generated length alone.  `prompt_tokens`: length of the text prompt, BOS included."""
+
+    def __init__(self, model: PreTrainedModel, prompt_tokens: int):
+        self.model, self.prompt_tokens = model, prompt_tokens
+
+    def __enter__(self) -> None:
+        for name in ("_update_finished_beams", "_check_early_stop_heuristic"):
+            original = getattr(self.model, name)
+
+            def counted(*arguments: Any, _original: Any = original, decoder_prompt_len: int, **more: Any) -> Any:
+                return _original(*arguments, decoder_prompt_len=decoder_prompt_len - self.prompt_tokens, **more)
+
+            setattr(self.model, name, counted)
+
+    def __exit__(self, *_: object) -> None:
+        for name in ("_update_finished_beams", "_check_early_stop_heuristic"):
+            delattr(self.model, name)  # the class's own method shows again
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase, path: str = "", newline: bool = True) -> SpecialTokens:
     """BOS, EOS, pad and newline of a tokenizer; pad falls back to EOS as LLaMA's does, BOS to EOS as Qwen's does.
 
-    Raises ModelError when there is no EOS, or when a newline is not one token.
+    Raises ModelError when there is no EOS, or when `newline` is asked for and is not one token.
     """
     eos = tokenizer.eos_token_id
     if eos is None:
@@ -124,67 +161,51 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase, path: str = "") -> Specia
         )
     bos = eos if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    if not newline:
+        return SpecialTokens(bos, eos, pad, eos)
     # Sentencepiece puts a word-boundary mark before a lone newline, so only the last id is the newline itself.
-    newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
-    text = tokenizer.decode(newline[-1:]) if newline else ""
-    if not newline or "\n" not in text:
+    ids = tokenizer("\n", add_special_tokens=False)["input_ids"]
+    text = tokenizer.decode(ids[-1:]) if ids else ""
+    if not ids or "\n" not in text:
         raise ModelError(
             f"tokenizer: expected a token for the newline that ends a caption, got {text!r} in {path!r}; add one"
         )
-    return SpecialTokens(bos, eos, pad, newline[-1])
+    return SpecialTokens(bos, eos, pad, ids[-1])
+
+
+def wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str = "") -> LanguageModel:
+    """The adapter of a model that is already in memory."""
+    from .causal import CausalLanguageModel
+    from .seq2seq import Seq2SeqLanguageModel
+
+    return (Seq2SeqLanguageModel if model.config.is_encoder_decoder else CausalLanguageModel)(model, tokenizer, path)
 
 
 def load_language_model(path: str | Path, dtype: torch.dtype = torch.float32, check: bool = True) -> LanguageModel:
     """Load a local folder or a hub id through transformers; never runs remote code.
 
-    Raises ModelError when the folder is missing, is no causal language model, or breaks the adapter's contract.
+    Raises ModelError when the folder is missing, is no language model, or breaks the adapter's contract.
     """
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
     name = str(path)
     disable_progress_bar()  # its bars and ours would write over each other
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="sdpa")
+        config = AutoConfig.from_pretrained(name)
+        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        model = kind.from_pretrained(name, dtype=dtype, attn_implementation=attention_of(config))
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"llm: expected a causal language model folder or hub id, got {name!r}: {error}") from error
-    language_model = LanguageModel(model, tokenizer, name)
+        raise ModelError(f"llm: expected a language model folder or hub id, got {name!r}: {error}") from error
+    language_model = wrap(model, tokenizer, name)
     if check:
-        check_contract(language_model)
+        language_model.check_contract()
     return language_model
 
 
-@torch.no_grad()
-def check_contract(llm: LanguageModel) -> None:
-    """Compare `hidden_states` + `logits` with the model's own forward, and a packed two-caption row with two plain rows.
-
-    Raises ModelError naming the clause that fails; tolerances are relative to the size of the logits.
-    """
-    device = next(llm.model.parameters()).device
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, llm.vocabulary_size, (2, 6), generator=generator).to(device)
-    own = llm.model(input_ids=ids).logits.float()
-    causal = torch.ones(6, 6, dtype=torch.bool, device=device).tril()[None, None]
-    positions = torch.arange(6, device=device).expand(2, -1)
-    ours = llm.logits(llm.hidden_states(llm.embed(ids), positions, causal.expand(2, -1, -1, -1))).float()
-    tolerance = (1e-4 if own.dtype == next(llm.model.parameters()).dtype else 5e-2) * own.abs().max().clamp(min=1.0)
-    if (difference := (ours - own).abs().max()) > tolerance:
-        raise ModelError(
-            f"llm: {llm.path!r} ({llm.model.config.model_type}) does not accept embeddings, positions and a mask as expected: "
-            f"logits differ by {difference:.2e}; choose another model, or report it"
-        )
-    # Two rows that share their first three tokens, told as one row of prefix + two tails.
-    ids[1, :3] = ids[0, :3]
-    plain = llm.logits(llm.hidden_states(llm.embed(ids), positions, causal.expand(2, -1, -1, -1))).float()
-    packed = torch.cat([ids[0], ids[1, 3:]])[None]
-    mask = torch.ones(9, 9, dtype=torch.bool, device=device).tril()
-    mask[6:, 3:6] = False
-    packed_positions = torch.tensor([[0, 1, 2, 3, 4, 5, 3, 4, 5]], device=device)
-    got = llm.logits(llm.hidden_states(llm.embed(packed), packed_positions, mask[None, None])).float()[0]
-    difference = torch.maximum((got[:6] - plain[0]).abs().max(), (got[6:] - plain[1, 3:]).abs().max())
-    if difference > tolerance:
-        raise ModelError(
-            f"llm: {llm.path!r} ({llm.model.config.model_type}) does not honour a shared prefix (logits differ by {difference:.2e}); "
-            "set data.captions_per_image to 1, or choose another model"
-        )
+def attention_of(config: Any) -> str:
+    """The attention implementation for a model: sdpa, but eager where scores are soft-capped (Gemma 2) or T5's bias is added."""
+    return "eager" if getattr(config, "attn_logit_softcapping", None) or config.is_encoder_decoder else "sdpa"
 
 
 def describe(llm: LanguageModel) -> dict[str, object]:

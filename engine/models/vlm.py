@@ -1,7 +1,7 @@
 """The vision-language model as the paper's figure has it: frozen tower -> VPG -> projector -> frozen language model.
 
-`loss_sum` runs packed rows (see data/packing.py) and returns the summed cross-entropy of the supervised positions only; dividing by the
-global target count is the loop's business.  `generate` answers prompts through transformers' own generation.
+What depends on the kind of language model (packing, the loss, generation) is its adapter's business (llm.py); dividing by the global
+target count is the loop's.
 """
 
 from __future__ import annotations
@@ -9,12 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GenerationConfig
 
-from ..data.packing import PackedBatch
-from ..recipe import Generation
+from ..data.packing import Batch, CaptionData, Group
+from ..recipe import Generation, TransferData
 from .llm import LanguageModel
 from .vpg import VPG
 
@@ -46,43 +44,20 @@ class VisionLanguageModel(nn.Module):
         self.projector.train()
         self.llm.train(frozen_dropout)
 
-    def loss_sum(self, features: Tensor, batch: PackedBatch) -> Tensor:
+    def pack(
+        self, groups: list[Group], data: CaptionData, layout: TransferData, *, fixed_shape: bool = False, split_seed: int | None = None
+    ) -> Sequence[Batch]:  # fmt: skip
+        """The groups of an update as micro-batches of the language model's kind."""
+        return self.llm.pack(
+            groups, data, self.queries, row_tokens=layout.row_tokens, rows_per_batch=layout.rows_per_micro_batch, fixed_shape=fixed_shape,
+            split_seed=split_seed,
+        )  # fmt: skip
+
+    def loss_sum(self, features: Tensor, batch: Batch) -> Tensor:
         """features (groups, N, image width) of `batch.groups` -> scalar, float32 or wider, summed over `batch.target_count` targets."""
-        prompts = self.soft_prompts(features).flatten(0, 1)
-        words = self.llm.embed(batch.ids).flatten(0, 1)
-        inputs = words.index_copy(0, batch.visual_slots, prompts[batch.visual_source].to(words.dtype))
-        hidden = self.llm.hidden_states(inputs.view(*batch.ids.shape, -1), batch.positions, batch.mask)
-        logits = self.llm.logits(hidden.flatten(0, 1)[batch.predict])
-        wide = logits if logits.dtype == torch.float64 else logits.float()
-        return F.cross_entropy(wide, batch.labels, reduction="sum")
+        return self.llm.loss_sum(self.soft_prompts(features), batch)
 
     @torch.no_grad()
     def generate(self, features: Tensor, prompts: Sequence[str], settings: Generation) -> list[str]:
-        """One answer an image: features (B, N, image width), prompts B strings ("" for a caption) -> B strings.
-
-        The answer ends at a newline or EOS.  Ragged prompts are padded on the left.
-        """
-        special, tokenizer = self.llm.special, self.llm.tokenizer
-        ids = [
-            [special.bos, *tokenizer(p, add_special_tokens=False)["input_ids"]] if p else [special.bos] for p in prompts
-        ]
-        longest = max(len(i) for i in ids)
-        device = features.device
-        visual = self.soft_prompts(features)
-        width = longest + self.queries
-        inputs = torch.zeros(len(ids), width, visual.shape[-1], dtype=visual.dtype, device=device)
-        mask = torch.zeros(len(ids), width, dtype=torch.long, device=device)
-        for row, tokens in enumerate(ids):
-            start = longest - len(tokens)
-            inputs[row, start : start + self.queries] = visual[row]
-            inputs[row, start + self.queries :] = self.llm.embed(torch.tensor(tokens, device=device)).to(visual.dtype)
-            mask[row, start:] = 1
-        config = GenerationConfig(
-            do_sample=False, num_beams=settings.num_beams, max_new_tokens=settings.max_new_tokens, min_new_tokens=settings.min_new_tokens or None,
-            length_penalty=settings.length_penalty, bos_token_id=special.bos, pad_token_id=special.pad,
-            eos_token_id=sorted({special.eos, special.newline}), use_cache=True,
-        )  # fmt: skip
-        if settings.num_beams == 1:
-            config.length_penalty = None
-        out = self.llm.model.generate(inputs_embeds=inputs, attention_mask=mask, generation_config=config)
-        return [text.strip() for text in tokenizer.batch_decode(out, skip_special_tokens=True)]
+        """One answer an image: features (B, N, image width), prompts B strings ("" for a caption) -> B strings."""
+        return self.llm.generate(self.soft_prompts(features), prompts, settings)

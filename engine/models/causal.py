@@ -1,0 +1,142 @@
+"""Decoder-only language models: `[visual][bos][caption][newline]`, all captions of an image behind one visual prefix in one row.
+
+The contract, checked on a short sequence when a model is loaded:
+
+* `embed(ids)` is what enters the first block (OPT-350M's 512-wide embeddings after `project_in`, Gemma's after scaling);
+* `hidden_states(embed(ids), positions, mask)` followed by `logits` equals the model's own forward of `ids`;
+* a boolean mask (rows, 1, tokens, tokens) and explicit positions are honoured, which is what lets the captions of one image share
+  their visual prefix in one row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..data.packing import CaptionData, Group, PackedBatch, pack_update
+from ..recipe import Generation
+from .llm import LanguageModel, ModelError, prompt_counts_in_beam_score
+
+
+class ProjectedEmbedding(nn.Module):
+    """Word embedding followed by the model's input projection (OPT-350M), so that one call gives what enters the first block."""
+
+    def __init__(self, embedding: nn.Embedding, project_in: nn.Linear):
+        super().__init__()
+        self.embedding = embedding
+        self.project_in = project_in
+
+    @property
+    def weight(self) -> Tensor:
+        return self.embedding.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.project_in(self.embedding(ids))
+
+
+class CausalLanguageModel(LanguageModel):
+    """A frozen decoder-only language model."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str = ""):
+        super().__init__(model, tokenizer, path)
+        decoder = getattr(model.base_model, "decoder", None)
+        if getattr(decoder, "project_in", None) is not None:
+            decoder.embed_tokens = ProjectedEmbedding(decoder.embed_tokens, decoder.project_in)
+            decoder.project_in = None
+
+    def hidden_states(self, inputs: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+        """inputs (rows, tokens, W), positions (rows, tokens) int64, mask (rows, 1, tokens, tokens) bool -> (rows, tokens, head width)."""
+        return self.model.base_model(
+            inputs_embeds=inputs, position_ids=positions, attention_mask=mask, use_cache=False
+        ).last_hidden_state
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden (n, head width) -> (n, rows of the head), with the model's own soft-cap where it has one."""
+        logits = self.model.get_output_embeddings()(hidden)
+        softcap = getattr(self.model.config, "final_logit_softcapping", None)
+        return torch.tanh(logits / softcap) * softcap if softcap else logits
+
+    def caption_ids(self, caption: str, max_tokens: int) -> list[int]:
+        """`[bos] caption [newline]`; a caption over `max_tokens` (BOS included, newline not) is cut, as in the authors' code."""
+        return [self.special.bos, *self.text_ids(caption)[: max_tokens - 1], self.special.newline]
+
+    def pack(
+        self, groups: list[Group], data: CaptionData, queries: int, *, row_tokens: int, rows_per_batch: int, fixed_shape: bool = False,
+        split_seed: int | None = None,
+    ) -> list[PackedBatch]:  # fmt: skip
+        """Rows of `[visual][caption 1][caption 2]...`, best fit (data/packing.py)."""
+        return pack_update(groups, data, queries, row_tokens, rows_per_batch, self.special.pad, fixed_shape)
+
+    def loss_sum(self, prompts: Tensor, batch: PackedBatch) -> Tensor:
+        words = self.embed(batch.ids).flatten(0, 1)
+        inputs = words.index_copy(0, batch.visual_slots, prompts.flatten(0, 1)[batch.visual_source].to(words.dtype))
+        hidden = self.hidden_states(inputs.view(*batch.ids.shape, -1), batch.positions, batch.mask)
+        logits = self.logits(hidden.flatten(0, 1)[batch.predict])
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        return F.cross_entropy(wide, batch.labels, reduction="sum")
+
+    @torch.no_grad()
+    def generate_ids(self, prompts: Tensor, texts: Sequence[str], settings: Generation) -> Tensor:
+        """As the base class says; ragged prompts are padded on the left, `[pad...][visual][bos][text]`."""
+        queries, device = prompts.shape[1], prompts.device
+        ids = [[self.special.bos, *self.text_ids(text)] for text in texts]
+        longest = max(len(i) for i in ids)
+        words = self.embed(torch.tensor([self.special.pad], device=device))
+        inputs = words.new_zeros(len(ids), longest + queries, words.shape[-1])
+        mask = torch.zeros(inputs.shape[:2], dtype=torch.long, device=device)
+        for row, tokens in enumerate(ids):
+            start = longest - len(tokens)
+            inputs[row, start : start + queries] = prompts[row].to(inputs.dtype)
+            inputs[row, start + queries :] = self.embed(torch.tensor(tokens, device=device))
+            mask[row, start:] = 1
+        config = self.generation_config(settings, bos_token_id=self.special.bos)
+        counted = settings.beam_score == "prompt_and_generated"
+        with prompt_counts_in_beam_score(self.model, longest) if counted else contextlib.nullcontext():
+            return self.model.generate(inputs_embeds=inputs, attention_mask=mask, generation_config=config)
+
+    @torch.no_grad()
+    def check_contract(self) -> None:
+        """Compare `hidden_states` + `logits` with the model's own forward, and a packed two-caption row with two plain rows.
+
+        Raises ModelError naming the clause that fails; tolerances are relative to the size of the logits.
+        """
+        device = next(self.model.parameters()).device
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, self.vocabulary_size, (2, 6), generator=generator).to(device)
+        own = self.model(input_ids=ids).logits.float()
+        causal = torch.ones(6, 6, dtype=torch.bool, device=device).tril()[None, None].expand(2, -1, -1, -1)
+        positions = torch.arange(6, device=device).expand(2, -1)
+        kind = f"{self.path!r} ({self.model.config.model_type})"
+        tolerance = (1e-4 if next(self.model.parameters()).dtype.itemsize >= 4 else 5e-2) * own.abs().max().clamp(
+            min=1.0
+        )
+        try:
+            ours = self.logits(self.hidden_states(self.embed(ids), positions, causal)).float()
+            # Two rows that share their first three tokens, told as one row of prefix + two tails.
+            ids[1, :3] = ids[0, :3]
+            plain = self.logits(self.hidden_states(self.embed(ids), positions, causal)).float()
+            packed = torch.cat([ids[0], ids[1, 3:]])[None]
+            mask = torch.ones(9, 9, dtype=torch.bool, device=device).tril()
+            mask[6:, 3:6] = False
+            packed_positions = torch.tensor([[0, 1, 2, 3, 4, 5, 3, 4, 5]], device=device)
+            got = self.logits(self.hidden_states(self.embed(packed), packed_positions, mask[None, None])).float()[0]
+        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise ModelError(
+                f"llm: {kind} does not take embeddings, position ids and a 4-d mask: {error}; choose another model"
+            ) from error
+        if (difference := (ours - own).abs().max()) > tolerance:
+            raise ModelError(
+                f"llm: {kind} does not accept embeddings, positions and a mask as expected: "
+                f"logits differ by {difference:.2e}; choose another model, or report it"
+            )
+        difference = torch.maximum((got[:6] - plain[0]).abs().max(), (got[6:] - plain[1, 3:]).abs().max())
+        if difference > tolerance:
+            raise ModelError(
+                f"llm: {kind} does not honour a shared prefix (logits differ by {difference:.2e}); "
+                "choose another model, or report it"
+            )

@@ -16,11 +16,11 @@ from .checkpoint import write_json
 from .data.coco import CaptionSet
 from .data.packing import UpdateOrder
 from .models.vlm import VisionLanguageModel
-from .models.vpg import load_vpg, save_parts
+from .models.vpg import save_parts
 from .recipe import Stage, TransferRecipe
 from .runlog import RunLog, duration
 from .transfer.converter import ConverterReport
-from .transfer.initialise import Origins, load_projector
+from .transfer.initialise import Origins, read_projector, read_vpg
 
 if TYPE_CHECKING:
     from .loop import Run
@@ -185,9 +185,9 @@ def finish(this: Run) -> dict[str, Any]:
 
 
 def _load_into(model: VisionLanguageModel, folder: Path, device: torch.device) -> None:
-    vpg = load_vpg(folder, model.vpg.image_width)
+    vpg, _ = read_vpg(folder, model.vpg.image_width)
     model.vpg.load_state_dict(vpg.state_dict())
-    model.projector.load_state_dict(load_projector(folder, vpg.config.hidden_size).state_dict())
+    model.projector.load_state_dict(read_projector(folder, vpg.config.hidden_size)[0].state_dict())
     model.to(device)
 
 

@@ -40,6 +40,16 @@ def _resolve_or_hub(value: Any) -> Any:
     return str(_resolve(value)) if isinstance(value, _FromFile) and value.startswith((".", "/")) else value
 
 
+def _resolve_existing_or_hub(value: Any) -> Any:
+    """A path, unless it reads as `owner/name`, names no weight file and is not there: then a hub id."""
+    if not isinstance(value, str):
+        return value
+    local = Path(_resolve(value)).absolute()
+    reads_as_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", value) and local.suffix not in WEIGHT_SUFFIXES
+    return str(value) if reads_as_id and not local.exists() else local
+
+
+WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 RecipePath = Annotated[Path, BeforeValidator(_resolve)]
 
 
@@ -60,12 +70,32 @@ class Optimizer(_Section):
     clip_norm: float | None = Field(None, gt=0.0, description="global gradient-norm limit; the reference has none")
 
 
+def _resolve_pattern(value: Any) -> Any:
+    """A path, or a string where the name is a pattern (`{00000..00010}.tar`, `*.tar`), which no single file has to match."""
+    if isinstance(value, Path):
+        return value
+    if not isinstance(value, str):
+        raise ValueError(f"expected a file, a folder or a pattern, got {value!r}")
+    path = Path(_resolve(value))
+    return str(path) if set(value) & set("{*?[") and not path.exists() else path
+
+
 class ImageData(_Section):
-    """One captioned data set in COCO format."""
+    """One captioned data set, in any of the formats of `engine/data/formats.py`."""
 
     name: str = Field("train", pattern=r"^[A-Za-z0-9_.-]+$")
-    captions: RecipePath
-    images: RecipePath
+    captions: Annotated[Path | str, BeforeValidator(_resolve_pattern)] = Field(
+        description="the caption file; a tar, a folder of tars or a pattern (laion_coco); the alignment folder (minigpt4)"
+    )
+    images: RecipePath | None = Field(
+        None, description="folder that image names start at; none for tars, and for minigpt4's own `image`"
+    )
+    format: Literal["auto", "coco", "karpathy", "visual_genome", "sbu", "laion_coco", "nocaps", "minigpt4"] = Field(
+        "auto", description="auto: recognised by the file's shape"
+    )
+    split: Literal["train", "val", "test"] | None = Field(
+        None, description="of Karpathy's own file, which holds all three; train includes restval"
+    )
     weight: float | None = Field(
         None,
         gt=0.0,
@@ -73,6 +103,14 @@ class ImageData(_Section):
     )
     skip: NonNegative = Field(0, description="leave out the first N images")
     limit: Positive | None = Field(None, description="use at most N images after those skipped")
+
+    @model_validator(mode="after")
+    def _has_images(self) -> ImageData:
+        is_json = isinstance(self.captions, Path) and self.captions.name.removesuffix(".gz").endswith(".json")
+        own_folder = self.format in ("minigpt4", "laion_coco") or Path(self.captions).name == "filter_cap.json"
+        if self.images is None and is_json and not own_folder:
+            raise ValueError(f"images: expected the folder of images that {self.captions} names, got nothing")
+        return self
 
 
 class TransferData(_Section):
@@ -96,9 +134,47 @@ class TransferData(_Section):
 
 
 class Vision(_Section):
-    kind: Literal["eva_vit", "mobilenet_v2"]
-    path: RecipePath
-    image_size: Positive = 224
+    """The frozen tower.  What does not exist yet and reads as `owner/name` is a hub id; a folder to be is written `./folder`."""
+
+    kind: Literal["eva_vit", "clip_vit", "hf", "mobilenet_v2"] = Field(
+        description="eva_vit: BLIP-2's ViT, from a BLIP-2 folder, hub id or LAVIS .pth file; hf: any vision model that transformers' AutoModel knows"
+    )
+    path: Annotated[Path | str, BeforeValidator(_resolve_existing_or_hub)] = Field(
+        description="folder, weight file or hub id"
+    )
+    image_size: Positive | None = Field(None, description="pixels a side; default: the tower's own")
+    blocks: Positive | None = Field(
+        None,
+        description="clip_vit only: keep this many blocks; the authors' code keeps 21, LAVIS 23; default: all but the last (arXiv 2301.12597)",
+    )
+    architecture: Literal["eva_vit_g", "clip_vit_l"] | None = Field(
+        None, description="sizes known without reading `path`: what a dry run without weights needs"
+    )
+    config: dict[str, Any] | None = Field(
+        None,
+        description="sizes of a transformers vision config, for what `architecture` does not name; hf needs model_type",
+    )
+    mean: tuple[float, float, float] | None = Field(None, description="of pixels in 0..1; default: the tower's own")
+    std: tuple[Rate, Rate, Rate] | None = None
+
+    @model_validator(mode="after")
+    def _fits_its_kind(self) -> Vision:
+        if self.kind == "mobilenet_v2" and isinstance(self.path, str):
+            raise ValueError(
+                f"path: expected an existing local folder for kind mobilenet_v2, found none at {self.path!r}"
+            )
+        if self.blocks is not None and self.kind != "clip_vit":
+            raise ValueError(f"blocks: expected nothing for kind {self.kind}, got {self.blocks}; only clip_vit is cut")
+        kinds = {"eva_vit_g": "eva_vit", "clip_vit_l": "clip_vit"}
+        if self.architecture is not None and kinds[self.architecture] != self.kind:
+            raise ValueError(
+                f"architecture: {self.architecture} belongs to kind {kinds[self.architecture]}, got {self.kind}"
+            )
+        if self.architecture is not None and self.config is not None:
+            raise ValueError("architecture, config: expected at most one of the two")
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("mean, std: expected both or neither")
+        return self
 
 
 class QFormerConfig(_Section):
@@ -131,11 +207,21 @@ class Target(_Section):
     )
 
 
-class Source(_Section):
-    """`vlm`: a finished run (or its checkpoint) to inherit from.  `vpg`: an image-text pre-trained VPG, where TFS starts."""
+SourcePath = Annotated[Path | str, BeforeValidator(_resolve_existing_or_hub)]
 
-    vlm: RecipePath | None = None
-    vpg: RecipePath | None = None
+
+class Source(_Section):
+    """What the VPG and the projector come from: a finished run, an export, a Hugging Face BLIP-2 (folder or hub id), or a LAVIS .pth."""
+
+    vlm: SourcePath | None = Field(None, description="the vision-language model to inherit from")
+    vpg: SourcePath | None = Field(None, description="an image-text pre-trained VPG, where TFS starts")
+    llm: Annotated[str, BeforeValidator(_resolve_or_hub)] | None = Field(
+        None, description="the language model of `vlm`, where it does not name or hold one (LAVIS .pth files)"
+    )
+    files: list[RecipePath] = Field(
+        default_factory=list,
+        description="more checkpoint files of `vlm`: the projector of a LAVIS model kept apart, say",
+    )
 
 
 class Converter(_Section):
@@ -196,11 +282,18 @@ class Generation(_Section):
     max_new_tokens: Positive = 30
     min_new_tokens: NonNegative = 8
     length_penalty: float = 1.0
+    beam_score: Literal["generated", "prompt_and_generated"] = Field(
+        "generated",
+        description="length that divides a beam's score; the library version of the reference counted the text prompt too",
+    )
 
 
 class Evaluation(_Section):
     batch_images: Positive = 32
     generate: Generation = Generation()
+    loss_images: Positive | None = Field(
+        None, description="validation images, from the first, whose captions give the loss; default: all"
+    )
     generate_images: NonNegative = Field(
         200, description="validation images captioned and scored at the end; 0 for none"
     )
@@ -579,7 +672,7 @@ def _paths(section: Any, where: str) -> typing.Iterator[tuple[str, Path]]:
     elif isinstance(section, BaseModel):
         for name in type(section).model_fields:
             yield from _paths(getattr(section, name), f"{where}.{name}".lstrip("."))
-    elif isinstance(section, str) and where == "target.llm" and section.startswith("/"):
+    elif isinstance(section, str) and where in ("target.llm", "source.llm") and section.startswith("/"):
         yield where, Path(section)
     elif isinstance(section, (list, tuple)):
         for index, item in enumerate(section):

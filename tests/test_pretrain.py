@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from vpgtrans.engine.cli import main
 from vpgtrans.engine.models.llm import load_language_model
 from vpgtrans.engine.models.vision import load_tower
-from vpgtrans.engine.models.vpg import load_vpg
 from vpgtrans.engine.pretrain.lm import SceneText, context_losses, document
 from vpgtrans.engine.pretrain.vpg import ImageTextQFormer
 from vpgtrans.engine.recipe import Vision, load_recipe
+from vpgtrans.engine.transfer.initialise import read_vpg
 
 SCHEDULE = {"steps": 4, "batch": 4, "learning_rate": 1e-3, "warmup_steps": 1, "eval_every_steps": 2}
 LLAMA = {
@@ -89,7 +89,7 @@ def test_vision_and_vpg_leave_what_transfer_can_load(tiny_world, tmp_path):
         projection_size=8,
     )
     assert main(["pretrain", "vpg", str(path)]) == 0
-    vpg = load_vpg(tmp_path / "vpg", 16)
+    vpg = read_vpg(tmp_path / "vpg", 16)[0]
     assert not any("intermediate.dense" in name for name in vpg.state_dict())  # the text branch is gone
     assert set(losses) <= json.loads((tmp_path / "vpg" / "summary.json").read_text()).keys()
 

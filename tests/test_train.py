@@ -158,7 +158,7 @@ def test_updates_that_are_not_finite_stop_the_run(tiny_recipe, tiny_world, tmp_p
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (["source.vlm={tower}"], ["vl_config.json"]),
+        (["source.vlm={tower}"], ["config.json", "blip-2"]),
         (["initialise.projector=vlm"], ["width 32", "to 24"]),
         (["target.llm={tower}"], ["llm", "tower"]),
         (["vision.path={vpg}"], ["config.json"]),

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..checkpoint import CheckpointError, check_fit, load_tensors
+from ..checkpoint import CheckpointError, load_tensors
 from ..recipe import QFormerConfig
 from .qformer import QFormer
 
@@ -70,19 +70,3 @@ def read_parts(folder: Path) -> tuple[dict[str, object], dict[str, dict[str, Ten
         part, _, rest = name.partition(".")
         parts.setdefault(part, {})[rest] = tensor
     return config, parts
-
-
-def load_vpg(folder: Path, image_width: int) -> VPG:
-    """The VPG of a run or of a pre-training, without its text branch.
-
-    Raises CheckpointError when it was trained on features of another width, or does not fit; every tensor is named.
-    """
-    config, parts = read_parts(folder)
-    if config["image_width"] != image_width:
-        raise CheckpointError(
-            f"{folder}: expected a VPG for image tokens of width {image_width}, got one for {config['image_width']}; use its own tower"
-        )
-    vpg = VPG(QFormerConfig(**config["qformer"]), image_width)
-    check_fit(parts.get("vpg", {}), dict(vpg.state_dict()), f"{folder}: vpg")
-    vpg.load_state_dict(parts["vpg"])
-    return vpg

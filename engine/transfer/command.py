@@ -8,12 +8,12 @@ from safetensors.torch import save_file
 
 from ..checkpoint import write_json
 from ..models.llm import load_language_model
-from ..models.vpg import read_parts
+from ..models.sources import describe_source
 from ..outcome import converter_table
 from ..recipe import RecipeError, TransferRecipe
 from ..runlog import console
 from .converter import ConverterReport
-from .initialise import fitted_converter, load_projector
+from .initialise import fitted_converter, read_projector
 from .merge import merge
 
 
@@ -25,14 +25,15 @@ def convert(recipe: TransferRecipe, out: str | None) -> ConverterReport:
     if recipe.source.vlm is None:
         raise RecipeError("source.vlm: expected the run whose projector is to be converted, got nothing")
     target = load_language_model(recipe.target.llm)
-    config, _ = read_parts(recipe.source.vlm)
     converter, report, _ = fitted_converter(recipe, target)
     console.print(converter_table(report))
     if out is not None:
         folder = Path(out)
         folder.mkdir(parents=True, exist_ok=True)
-        width = int(config["qformer"]["hidden_size"])  # type: ignore[index]
-        merged = merge(load_projector(recipe.source.vlm, width), converter)
+        info = describe_source(recipe.source.vlm, recipe.source.files)
+        assert info.projector_shape is not None  # the converter was fitted for it
+        projector, _ = read_projector(recipe.source.vlm, info.projector_shape[1], recipe.source.files)
+        merged = merge(projector, converter)
         save_file({"weight": merged.weight.detach(), "bias": merged.bias.detach()}, folder / "projector.safetensors")
         write_json(folder / "converter.json", report.to_dict())
         console.print(

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..models.llm import LanguageModel, ModelError
+from ..models.llm import ModelError
+from ..models.words import HasWords
 from ..recipe import Converter
 from .overlap import shared_tokens
 
@@ -49,7 +50,7 @@ class ConverterReport:
         return asdict(self)
 
 
-def same_embeddings(source: LanguageModel, target: LanguageModel) -> bool:
+def same_embeddings(source: HasWords, target: HasWords) -> bool:
     """Whether both models embed the same tokens identically, so that no converter is needed."""
     if source.hidden_width != target.hidden_width or source.tokenizer.get_vocab() != target.tokenizer.get_vocab():
         return False
@@ -57,14 +58,14 @@ def same_embeddings(source: LanguageModel, target: LanguageModel) -> bool:
 
 
 def fit_converter(
-    source: LanguageModel, target: LanguageModel, settings: Converter, seed: int
+    source: HasWords, target: HasWords, settings: Converter, seed: int
 ) -> tuple[WordConverter | None, ConverterReport]:
     """Fit on the shared tokens of two language models; (None, report) where their embeddings are the same.
 
     Raises ModelError when fewer than 16 tokens are shared.
     """
     if same_embeddings(source, target):
-        count = source.vocabulary_size
+        count = len(source.tokenizer)
         return None, ConverterReport("identity", count, 0, 1.0, 1.0, 1.0, 1.0)
     pairs = shared_tokens(source.tokenizer, target.tokenizer)
     if len(pairs) < MIN_SHARED_TOKENS:

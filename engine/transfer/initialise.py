@@ -9,17 +9,20 @@ TFS                      vpg: vpg,  projector: random,    stage direct
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from ..checkpoint import CheckpointError, check_fit
+from ..checkpoint import CheckpointError
 from ..models.llm import LanguageModel, load_language_model
-from ..models.vision import VisionTower
+from ..models.sources import LoadReport, describe_source, read_source
+from ..models.tower import VisionTower
 from ..models.vlm import VisionLanguageModel
-from ..models.vpg import VPG, load_vpg, read_parts
+from ..models.vpg import VPG
+from ..models.words import HasWords, load_words
 from ..recipe import QFormerConfig, TransferRecipe
 from .converter import ConverterReport, WordConverter, fit_converter
 from .merge import merge
@@ -33,6 +36,7 @@ class Origins:
     projector: str
     llm: str
     tower: str
+    loaded: list[LoadReport] = field(default_factory=list, repr=False)
     converter: ConverterReport | None = None
     source_projector: nn.Linear | None = field(default=None, repr=False)
     source_words: torch.Tensor | None = field(default=None, repr=False)
@@ -46,22 +50,26 @@ def build_model(
     Raises ModelError or CheckpointError, before any training, when a part is missing or does not fit.
     """
     llm = load_language_model(recipe.target.llm, dtype)
-    vpg, vpg_origin = _build_vpg(recipe, tower.width)
-    origins = Origins(vpg_origin, "", llm.path, tower.path)
+    origins = Origins("", "", llm.path, tower.path)
+    vpg = _build_vpg(recipe, tower.width, origins)
     projector = _build_projector(recipe, vpg, llm, origins)
     return VisionLanguageModel(vpg, projector, llm), origins
 
 
-def _build_vpg(recipe: TransferRecipe, image_width: int) -> tuple[VPG, str]:
+def _build_vpg(recipe: TransferRecipe, image_width: int, origins: Origins) -> VPG:
     if recipe.initialise.vpg == "random":
         assert recipe.qformer is not None  # checked by the recipe
-        return VPG(recipe.qformer, image_width), "random"
-    folder = recipe.source.vlm if recipe.initialise.vpg == "vlm" else recipe.source.vpg
-    assert folder is not None
-    vpg = load_vpg(folder, image_width)
+        origins.vpg = "random"
+        return VPG(recipe.qformer, image_width)
+    place = recipe.source.vlm if recipe.initialise.vpg == "vlm" else recipe.source.vpg
+    files = recipe.source.files if recipe.initialise.vpg == "vlm" else []
+    assert place is not None
+    vpg, report = read_vpg(place, image_width, files)
+    origins.vpg = str(place)
+    origins.loaded.append(report)
     if recipe.qformer is not None and recipe.qformer.dropout != vpg.config.dropout:
         vpg = _with_dropout(vpg, recipe.qformer.dropout)
-    return vpg, str(folder)
+    return vpg
 
 
 def _with_dropout(vpg: VPG, dropout: float) -> VPG:
@@ -78,7 +86,8 @@ def _build_projector(recipe: TransferRecipe, vpg: VPG, llm: LanguageModel, origi
         origins.projector = "random"
         return nn.Linear(width, llm.hidden_width)
     assert recipe.source.vlm is not None
-    projector = load_projector(recipe.source.vlm, width)
+    projector, report = read_projector(recipe.source.vlm, width, recipe.source.files)
+    origins.loaded.append(report)
     if choice == "vlm":
         if projector.out_features != llm.hidden_width:
             raise CheckpointError(
@@ -87,34 +96,62 @@ def _build_projector(recipe: TransferRecipe, vpg: VPG, llm: LanguageModel, origi
             )
         origins.projector = f"{recipe.source.vlm}"
         return projector
-    converter, origins.converter, source_llm = fitted_converter(recipe, llm)
-    origins.source_projector, origins.source_words = projector, source_llm.word_embeddings()
+    converter, origins.converter, words = fitted_converter(recipe, llm)
+    if words.hidden_width != projector.out_features:
+        raise CheckpointError(
+            f"source.llm: expected a language model of width {projector.out_features}, as the projector of {recipe.source.vlm} has, "
+            f"got {words.path!r} of width {words.hidden_width}; name the language model that it was trained with"
+        )
+    origins.source_projector, origins.source_words = projector, words.word_embeddings()
     origins.projector = f"{recipe.source.vlm}, merged with the {origins.converter.method} word converter"
     return merge(projector, converter)
 
 
-def load_projector(folder: Path, width: int) -> nn.Linear:
-    """The projector of a finished run; CheckpointError when it has none, or one from another width."""
-    parts = read_parts(folder)[1]
-    if "projector" not in parts:
+def read_vpg(place: Path | str, image_width: int, files: Sequence[Path] = ()) -> tuple[VPG, LoadReport]:
+    """The VPG of any source, in float32, and what was read.
+
+    Raises CheckpointError when it was trained on features of another width, or does not fit; every tensor is named.
+    """
+    info = describe_source(place, files)
+    if info.image_width is not None and info.image_width != image_width:
         raise CheckpointError(
-            f"{folder}: expected a vision-language model with a projector, found only {sorted(parts)}; name a finished run"
+            f"{place}: expected a VPG for image tokens of width {image_width}, got one for {info.image_width}; use its own tower"
         )
+    parts, report = read_source(place, ("vpg",), files)
+    assert info.qformer is not None  # read_source has found it complete
+    vpg = VPG(info.qformer, image_width)
+    vpg.load_state_dict(parts["vpg"])
+    return vpg, report
+
+
+def read_projector(place: Path | str, width: int, files: Sequence[Path] = ()) -> tuple[nn.Linear, LoadReport]:
+    """The projector of any source, in float32, and what was read; CheckpointError when it has none, or one from another width."""
+    parts, report = read_source(place, ("projector",), files)
     stored = parts["projector"]
     projector = nn.Linear(stored["weight"].shape[1], stored["weight"].shape[0])
-    check_fit(stored, dict(projector.state_dict()), f"{folder}: projector")
     if projector.in_features != width:
         raise CheckpointError(
-            f"{folder}: expected a projector from width {width}, found one from {projector.in_features}"
+            f"{place}: expected a projector from width {width}, found one from {projector.in_features}"
         )
     projector.load_state_dict(stored)
-    return projector
+    return projector, report
 
 
 def fitted_converter(
     recipe: TransferRecipe, llm: LanguageModel
-) -> tuple[WordConverter | None, ConverterReport, LanguageModel]:
-    """The converter of a recipe from its source's language model, which is returned too."""
+) -> tuple[WordConverter | None, ConverterReport, HasWords]:
+    """The converter of a recipe from its source's language model, whose words are returned too.
+
+    Raises ModelError or CheckpointError when the source's language model is not known.
+    """
     assert recipe.source.vlm is not None
-    source_llm = load_language_model(str(read_parts(recipe.source.vlm)[0]["llm"]))
-    return *fit_converter(source_llm, llm, recipe.converter, recipe.seed), source_llm
+    name = recipe.source.llm
+    if name is None:
+        info = describe_source(recipe.source.vlm, recipe.source.files)
+        name = str(recipe.source.vlm) if info.llm_inside else info.llm
+    if name is None:
+        raise CheckpointError(
+            f"source.llm: expected the language model that {recipe.source.vlm} was trained with, because it names none; got nothing"
+        )
+    words = load_words(name)
+    return *fit_converter(words, llm, recipe.converter, recipe.seed), words

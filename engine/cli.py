@@ -68,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--jobs", type=int, default=None, help="jobs side by side; default: one a core, at most 4")
     demo.set_defaults(run=_demo)
+    _score_command(commands)
     commands.add_parser(
         "report", help="one HTML page of a run or several: vpgtrans report RUN... --out report.html --reference tfs"
     )
@@ -85,6 +86,26 @@ def _recipe_command(commands, name: str, text: str, run, part: tuple[str, ...] =
     command.add_argument("overrides", nargs="*", metavar="section.key=value")
     command.set_defaults(run=run)
     return command
+
+
+def _score_command(commands) -> None:
+    score = commands.add_parser(
+        "score", help="score an existing prediction file in its official format, without a model"
+    )
+    score.add_argument("--task", required=True, choices=("caption", "vqa", "okvqa", "gqa", "nocaps"))
+    score.add_argument("--references", required=True, metavar="R.json", help="captions, annotations or GQA questions")
+    score.add_argument("--predictions", required=True, metavar="P.json", help="the task's official results format")
+    score.add_argument("--questions", metavar="Q.json", help="vqa, okvqa: score the questions of this file only")
+    score.add_argument(
+        "--metrics", help="captions: some of cider,bleu,rouge,spice,meteor; default cider,bleu,rouge (others need Java)"
+    )
+    score.add_argument("--tokenized", action="store_true", help="captions: both files hold tokens joined by spaces")
+    score.add_argument(
+        "--lemmatise", action="store_true", help="okvqa: lemmatise predictions as the authors do (spaCy)"
+    )
+    score.add_argument("--json", action="store_true", help="print JSON in full precision instead of a table")
+    score.add_argument("--out", metavar="FILE", help="write the JSON there too")
+    score.set_defaults(run=_score)
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -115,6 +136,12 @@ def _convert(options: argparse.Namespace) -> int:
 
     convert(recipe, options.out)
     return 0
+
+
+def _score(options: argparse.Namespace) -> int:
+    from .scoring.command import main as score
+
+    return score(options)
 
 
 def _scenes(options: argparse.Namespace) -> int:

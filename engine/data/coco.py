@@ -3,8 +3,9 @@
 Records come in the order in which their image (or question) first appears in the file. Files may be gzip'd, whatever
 their name. What is refused is counted and named in the set's `refused`; a file that cannot be used is a `DataError`.
 
-Formats: COCO captions (`images`, `annotations`); VQA (a questions file and an annotations file, visualqa.org); and a
-flat list of questions, each with its image's file name and its answers (DAQUAR, OK-VQA exports).
+Formats: COCO captions (`images`, `annotations`) and what `formats` brings into that form; VQA (a questions file and an
+annotations file, visualqa.org), OK-VQA's too; GQA; and a flat list of questions, each with its image's file name and its
+answers (DAQUAR, LAVIS).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 from ..recipe import ImageData
 from .captions import preprocess_caption, preprocess_question
+from .formats import CaptionFormat, as_coco, as_vqa, caption_source, default_images, recognise
 from .images import PIXEL_LIMIT
 from .reading import (
     DataError,
@@ -32,6 +34,8 @@ from .reading import (
     stem,
     text_fault,
 )
+from .tar_member import TarMember
+from .webdataset import read_tars
 
 __all__ = [
     "CaptionSet",
@@ -50,11 +54,12 @@ ImageId = int | str
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """One image and its captions, in file order; `path` is None in a text-only set."""
+    """One image and its captions, in file order; `path` is None in a text-only set, `domain` is NoCaps's."""
 
     image_id: ImageId
-    path: Path | None
+    path: Path | TarMember | None
     captions: list[str]
+    domain: str | None = None
 
 
 @dataclass(frozen=True)
@@ -89,9 +94,20 @@ class QuestionSet:
 def read_image_data(entry: ImageData, verify_images: VerifyImages, name: str | None = None) -> CaptionSet:
     """The captioned images that a recipe's `data` entry names; raises DataError as `read_captions`."""
     limit = None if entry.limit is None else entry.skip + entry.limit
-    found = read_captions(
-        entry.captions, entry.images, name=name or entry.name, verify_images=verify_images, limit=limit
-    )
+    source, in_tars = caption_source(entry.captions, entry.format)
+    if in_tars:
+        if entry.images is not None or entry.split is not None:
+            raise DataError(
+                f"images, split: expected neither, because the tars of {source} hold both images and captions"
+            )
+        samples, report = read_tars(source, verify_images=verify_images, limit=limit)
+        records = [ImageRecord(sample.image_id, sample.image, [sample.caption]) for sample in samples]
+        found = CaptionSet(name or entry.name, records, report)
+    else:
+        found = read_captions(
+            source, entry.images or default_images(source, entry.format), name=name or entry.name,
+            verify_images=verify_images, limit=limit, format=entry.format, split=entry.split,
+        )  # fmt: skip
     if entry.skip >= len(found.records):
         raise DataError(
             f"skip: expected less than the {len(found.records):,} images of {entry.captions}, got {entry.skip}"
@@ -104,24 +120,29 @@ def read_captions(
     images_root: str | os.PathLike[str] | None = None,
     *,
     name: str | None = None,
-    preprocess: bool = True,
+    preprocess: bool | None = None,
     max_words: int = 50,
     verify_images: VerifyImages = "header",
     max_pixels: int = PIXEL_LIMIT,
     limit: int | None = None,
     max_refused_share: float = 0.5,
+    format: CaptionFormat = "coco",
+    split: str | None = None,
 ) -> CaptionSet:
-    """Read COCO-style captions: `images` [{id, file_name}], `annotations` [{image_id, caption}].
+    """Read COCO-style captions: `images` [{id, file_name}], `annotations` [{image_id, caption}], or another `format`.
 
     Args:
         path: the JSON file, plain or gzip'd.
         images_root: folder that file names start at; None reads the text alone and checks no image.
         name: of the set; by default the file's stem.
-        preprocess: clean each caption with `preprocess_caption` and `max_words`; otherwise keep it as it is.
+        preprocess: clean each caption with `preprocess_caption` and `max_words`; otherwise keep it as it is. By default
+            all are cleaned but MiniGPT-4's, whose long answers the authors' code keeps.
         verify_images: 'header' opens each file and reads its header, 'full' decodes it, 'none' only builds paths.
         max_pixels: see `read_image`.
         limit: stop after this many usable images.
         max_refused_share: more than this share of the images refused is an error (a wrong folder, say).
+        format: of the file, see `formats`; 'auto' recognises it by its shape. Tars are for `read_image_data`.
+        split: 'train', 'val' or 'test' of Karpathy's own file, which holds all three.
 
     Raises:
         DataError: the file or an option cannot be used, no image is usable, or too many are refused.
@@ -132,9 +153,16 @@ def read_captions(
         raise DataError(f"max_words: expected 1 or more, got {max_words!r}; 50 is the reference's value")
     finder = ImageFinder(images_root, verify_images, max_pixels)
     expected = "an object with the lists 'images' and 'annotations' (COCO captions)"
-    value, is_utf8 = read_json(source, expected)
-    images = list_under(value, "images", source, expected)
-    annotations = list_under(value, "annotations", source, expected)
+    value, is_utf8 = read_json(source, expected if format == "coco" else "captions of images")
+    if format == "auto":
+        format = recognise(value, source)
+    if format == "coco":
+        list_under(value, "images", source, expected)
+        list_under(value, "annotations", source, expected)
+    form = as_coco(value, format, source, finder.root, split)
+    images, annotations = form.images, form.annotations
+    if preprocess is None:
+        preprocess = format != "minigpt4"
     report = RefusalReport(source)
     captions_of = _captions_by_image(images, annotations, report, is_utf8, max_words if preprocess else None)
 
@@ -155,7 +183,8 @@ def read_captions(
         else:
             image_path, fault = finder.locate(image.get("file_name"), is_utf8)
             if fault is None:
-                records.append(ImageRecord(image_id, image_path, captions_of[image_id]))
+                domain = image.get("domain") if isinstance(image.get("domain"), str) else None
+                records.append(ImageRecord(image_id, image_path, captions_of[image_id], domain))
         if fault is not None:
             report.add("images", fault[0], where, fault[1])
         if is_id(image_id):
@@ -205,11 +234,12 @@ def read_questions(
     limit: int | None = None,
     max_refused_share: float = 0.5,
 ) -> QuestionSet:
-    """Read questions and their answers, in VQA's format or as a flat list.
+    """Read questions and their answers, in VQA's format, GQA's, or as a flat list.
 
     VQA: `path` holds {`questions`: [{question_id, image_id, question}]}, `annotations_path` holds {`annotations`:
     [{question_id, answers: [{answer}]}]}; without it every record has no answers. Flat: `path` holds a list of
-    {question_id, image_id, image, question, answers or answer}. Answers are kept as annotated, empty ones too:
+    {question_id, image_id, image, question, answers or answer}, the image_id taken from `image` where it is absent
+    (LAVIS). GQA: `path` holds {question_id: {imageId, question, answer}}. Answers are kept as annotated, empty ones too:
     VQA's accuracy counts all ten. A question's image is its `image` or `file_name`; where it has neither, the name is
     built from `image_name`, else from the file's `data_subtype` as COCO names its files.
 
@@ -225,8 +255,9 @@ def read_questions(
     source = os.fspath(path)
     check_options(limit, max_refused_share)
     finder = ImageFinder(images_root, verify_images, max_pixels)
-    expected = "an object with the list 'questions' (VQA), or a list of questions"
+    expected = "an object with the list 'questions' (VQA), GQA's object of questions, or a list of questions"
     value, is_utf8 = read_json(source, expected)
+    value = as_vqa(value)
     questions = value if isinstance(value, list) else list_under(value, "questions", source, expected)
     subtype = value.get("data_subtype") if isinstance(value, dict) else None
     report = RefusalReport(source)

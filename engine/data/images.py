@@ -27,6 +27,8 @@ import numpy as np
 import torch
 from PIL import BmpImagePlugin, GifImagePlugin, Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
 
+from .tar_member import TarMember
+
 PIXEL_LIMIT = 89_478_485  # 1 GiB at 12 bytes a pixel, Pillow's own limit; beyond it Pillow's crop warns
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -73,7 +75,7 @@ class ImageRefused(ValueError):
 
 
 def read_image(
-    path_or_bytes: str | os.PathLike[str] | bytes | bytearray | memoryview, max_pixels: int = PIXEL_LIMIT
+    path_or_bytes: str | os.PathLike[str] | TarMember | bytes | bytearray | memoryview, max_pixels: int = PIXEL_LIMIT
 ) -> Image.Image:
     """Read one image as upright RGB, 8 bits a channel.
 
@@ -83,7 +85,7 @@ def read_image(
     animation the first frame is used. The size is checked in the header, before any pixel is decoded.
 
     Args:
-        path_or_bytes: a file, or its whole content.
+        path_or_bytes: a file, an image inside a tar, or the whole content.
         max_pixels: the largest width x height that is decoded; 1..89,478,485.
 
     Raises:
@@ -106,7 +108,7 @@ def read_image(
 
 
 def read_header(
-    path_or_bytes: str | os.PathLike[str] | bytes | bytearray | memoryview, max_pixels: int = PIXEL_LIMIT
+    path_or_bytes: str | os.PathLike[str] | TarMember | bytes | bytearray | memoryview, max_pixels: int = PIXEL_LIMIT
 ) -> tuple[int, int]:
     """Stored (width, height) from the header alone, before orientation; pixel data may still be damaged.
 
@@ -119,7 +121,7 @@ def read_header(
 
 
 def check_image(
-    path_or_bytes: str | os.PathLike[str] | bytes | bytearray | memoryview, max_pixels: int = PIXEL_LIMIT
+    path_or_bytes: str | os.PathLike[str] | TarMember | bytes | bytearray | memoryview, max_pixels: int = PIXEL_LIMIT
 ) -> tuple[int, int]:
     """Decode an image completely and return its upright (width, height).
 
@@ -131,12 +133,15 @@ def check_image(
 
 @contextmanager
 def _opened(
-    path_or_bytes: str | os.PathLike[str] | bytes | bytearray | memoryview,
+    path_or_bytes: str | os.PathLike[str] | TarMember | bytes | bytearray | memoryview,
 ) -> Iterator[tuple[BinaryIO, str]]:
     """(binary file, its name) for a path or for bytes; refuses what cannot hold an image."""
     if isinstance(path_or_bytes, (bytes, bytearray, memoryview)):
         name, fp = "<bytes>", io.BytesIO(path_or_bytes)
         size_bytes = len(fp.getbuffer())
+    elif isinstance(path_or_bytes, TarMember):
+        name = str(path_or_bytes)
+        fp, size_bytes = _open_member(path_or_bytes, name), path_or_bytes.size
     elif isinstance(path_or_bytes, (str, os.PathLike)):
         name = str(os.fspath(path_or_bytes))
         fp, size_bytes = _open_file(name)
@@ -164,6 +169,19 @@ def _open_file(name: str) -> tuple[BinaryIO, int]:
         if isinstance(error, ImageRefused):
             raise
         raise ImageRefused("unreadable", name, f"not a possible file name: {error}") from error
+
+
+def _open_member(member: TarMember, name: str) -> BinaryIO:
+    archive, _ = _open_file(str(member.tar))
+    with archive:
+        try:
+            archive.seek(member.offset)
+            content = archive.read(member.size)
+        except OSError as error:
+            raise ImageRefused("unreadable", name, error.strerror or str(error)) from error
+    if len(content) < member.size:
+        raise ImageRefused("truncated", name, f"the tar holds {len(content):,} of its {member.size:,} bytes")
+    return io.BytesIO(content)
 
 
 def _parse_header(fp: BinaryIO, name: str, max_pixels: int) -> tuple[Image.Image, str]:
@@ -373,7 +391,7 @@ def train_transform(
 
 
 def load_pixels(
-    path: str | Path | bytes,
+    path: str | Path | TarMember | bytes,
     size: int,
     rng: np.random.Generator | None = None,
     scale: tuple[float, float] = (0.5, 1.0),

@@ -12,6 +12,7 @@ EXIT_USAGE = 2
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one sub-command; exit code 0, 2 for a mistake in what was given (one message), 1 for a run that had to stop."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments.sort(key="--dry-run".__eq__)  # last: argparse takes a recipe and its overrides in one run only
     parser = _parser()
     if arguments[:1] == ["report"]:
         from .report import main as report
@@ -40,6 +41,11 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command")
     train = _recipe_command(commands, "train", "train a vision-language model from a recipe", _train)
     train.epilog = "also: torchrun engine/train.py RECIPE"
+    train.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print modules, trainable parameters, updates, pairs and memory; needs neither weights nor data",
+    )
     convert = _recipe_command(
         commands,
         "convert",
@@ -72,10 +78,74 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser(
         "report", help="one HTML page of a run or several: vpgtrans report RUN... --out report.html --reference tfs"
     )
+    _model_commands(commands)
+    _chat_command(commands)
     doctor = commands.add_parser("doctor", help="what was compiled, which kernels and packages are live, and why not")
     doctor.add_argument("--json", action="store_true")
     doctor.set_defaults(run=_doctor)
     return parser
+
+
+def _model_commands(commands) -> None:
+    """What is done with a finished model: caption, eval, export."""
+    caption = commands.add_parser("caption", help="caption image files with a run, an export or a Hugging Face BLIP-2")
+    caption.add_argument("model", help="run folder, export, or Hugging Face BLIP-2 folder or hub id")
+    caption.add_argument("images", nargs="+", help="image files or folders of them")
+    caption.add_argument("--prompt", default="", help="text after the image, such as 'Question: what is it? Answer:'")
+    _generation_options(caption, 30, 8, 1.0)
+    caption.set_defaults(run=_caption)
+    evaluate = commands.add_parser("eval", help="predict a whole data set with a model and score it")
+    evaluate.add_argument("model", help="run folder, export, or Hugging Face BLIP-2 folder or hub id")
+    evaluate.add_argument("--task", required=True, choices=("caption", "nocaps", "vqa", "okvqa", "gqa"))
+    evaluate.add_argument(
+        "--references", required=True, help="captions, VQA annotations, or GQA questions with their answers"
+    )
+    evaluate.add_argument("--questions", help="official VQA questions that the annotations belong to")
+    evaluate.add_argument("--images", required=True, help="folder that image names start at")
+    evaluate.add_argument("--image-name", help="file name of an image id, such as COCO_val2014_{image_id:012d}.jpg")
+    evaluate.add_argument("--split", choices=("train", "val", "test"), help="of Karpathy's own file")
+    evaluate.add_argument("--limit", type=int, help="only the first N images or questions")
+    evaluate.add_argument("--prompt", help="another prompt; {} stands for the question")
+    evaluate.add_argument("--lemmatise", action="store_true", help="okvqa: lemmatise the answers, as the authors do")
+    evaluate.add_argument("--out", required=True, help="folder for predictions.json and result.json")
+    _generation_options(evaluate, None, None, None)
+    evaluate.set_defaults(run=_evaluate)
+    export = commands.add_parser("export", help="write a run as a Hugging Face BLIP-2 folder that transformers loads")
+    export.add_argument("model", metavar="run", help="a finished run")
+    export.add_argument("out", help="new folder")
+    export.add_argument(
+        "--without-llm", action="store_true", help="name the language model instead of holding its weights"
+    )
+    export.add_argument("--max-shard-size", default="5GB")
+    export.set_defaults(run=_export)
+
+
+def _chat_command(commands) -> None:
+    chat = commands.add_parser("chat", help="talk with a model about an image, in VL-Vicuna's conversation format")
+    chat.add_argument("model", help="run folder, export, or Hugging Face BLIP-2 folder or hub id")
+    chat.add_argument("--image", required=True, metavar="FILE")
+    chat.add_argument("--prompt", action="append", metavar="TEXT", help="ask this and leave; again for further turns")
+    chat.add_argument("--max-new-tokens", type=int, default=300, help="longest answer")
+    chat.add_argument("--num-beams", type=int, default=1, help="above 1 an answer is shown when it is complete")
+    chat.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest answer; above: sampling")
+    chat.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    chat.add_argument("--json", action="store_true", help="with --prompt: one JSON object at the end")
+    chat.set_defaults(run=_chat)
+
+
+def _generation_options(command: argparse.ArgumentParser, longest, shortest, penalty) -> None:
+    """The reference's settings by default; None where a task has its own."""
+    command.add_argument("--num-beams", type=int, default=5)
+    command.add_argument("--max-new-tokens", type=int, default=longest)
+    command.add_argument("--min-new-tokens", type=int, default=shortest)
+    command.add_argument("--length-penalty", type=float, default=penalty)
+    command.add_argument(
+        "--beam-score", choices=("generated", "prompt_and_generated"), default="generated",
+        help="length that divides a beam's score; the reference's library version counted the text prompt too",
+    )  # fmt: skip
+    command.add_argument("--batch-images", type=int, default=16)
+    command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    command.add_argument("--json", action="store_true")
 
 
 def _recipe_command(commands, name: str, text: str, run, part: tuple[str, ...] = ()) -> argparse.ArgumentParser:
@@ -111,7 +181,36 @@ def _score_command(commands) -> None:
 def _train(options: argparse.Namespace) -> int:
     from .train import main as train
 
-    return train([options.recipe, *options.overrides])
+    return train([options.recipe, *options.overrides, *(["--dry-run"] if options.dry_run else [])])
+
+
+def _caption(options: argparse.Namespace) -> int:
+    from .captioning import main as caption
+
+    return caption(options)
+
+
+def _chat(options: argparse.Namespace) -> int:
+    from .chat import main as chat
+
+    return chat(options)
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from .evaluate import main as evaluate
+
+    return evaluate(options)
+
+
+def _export(options: argparse.Namespace) -> int:
+    from .export.folder import export
+
+    made = export(
+        options.model, options.out, include_llm=not options.without_llm, max_shard_size=options.max_shard_size
+    )
+    print(f"<image> is token {made['image_token_id']}: {made['image_token']}")
+    print(f"wrote {options.out} ({made['parameters']:,} parameters): {', '.join(made['files'])}")
+    return 0
 
 
 def _pretrain(options: argparse.Namespace) -> int:

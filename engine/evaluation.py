@@ -13,6 +13,7 @@ from torch import nn
 from .data.coco import QuestionRecord
 from .data.features import FeatureSource
 from .data.packing import Batch, CaptionData, Group
+from .data.prompts import vqa_prompt
 from .data.scenes import attributes_right
 from .models.vlm import VisionLanguageModel
 from .recipe import Evaluation, Generation, TransferData
@@ -21,7 +22,6 @@ from .scoring.cider import cider
 from .scoring.vqa import vqa_accuracy
 
 ANSWERS = Generation(num_beams=5, max_new_tokens=10, min_new_tokens=0, length_penalty=-1.0)
-QUESTION_PROMPT = "question: {} answer:"
 
 
 @contextlib.contextmanager
@@ -90,7 +90,8 @@ class Validator:
         asked = [q for q in self.questions if q.image_id in place]
         if not asked:
             return {}, []
-        prompts = [QUESTION_PROMPT.format(q.question) for q in asked]
+        template = self.settings.question_prompt or vqa_prompt("{}", model.llm.is_encoder_decoder)
+        prompts = [template.replace("{}", q.question) for q in asked]
         texts = self._answer(model, [place[q.image_id] for q in asked], prompts, ANSWERS)
         predictions = [{"question_id": q.question_id, "answer": text} for q, text in zip(asked, texts, strict=True)]
         annotations = [{"question_id": q.question_id, "answers": [{"answer": a} for a in q.answers]} for q in asked]

@@ -20,8 +20,9 @@ from torch import Tensor
 from . import outcome
 from .checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint, trainable_tensors
 from .data.coco import read_image_data, read_questions
+from .data.conversation import tokenize_entry
 from .data.features import FeatureSource, open_features
-from .data.packing import Batch, CaptionData, Group, Position, Subset, UpdateOrder, join, tokenize
+from .data.packing import Batch, CaptionData, Group, Position, Subset, UpdateOrder, join
 from .diagnostics import Watch
 from .evaluation import Validator
 from .models.vision import load_tower
@@ -139,21 +140,26 @@ def _prepare(recipe: TransferRecipe, runtime: Runtime, log: RunLog, progress: Pr
     for report in origins.loaded:
         log.say(f"{report.path}:\n  " + "\n  ".join(report.lines()))
     layout = recipe.data
-    sets, subsets, at = [], {}, 0
+    sets, subsets, fixed, at = [], {}, set(), 0
     for entry in layout.train:
         captions = read_image_data(entry, layout.verify_images)
         outcome.report_refusals(log, recipe.output.folder, captions)
-        sets.append(tokenize(captions, model.llm, layout.max_text_tokens))
+        sets.append(tokenize_entry(entry, captions, model.llm, layout.max_text_tokens, recipe.seed))
         subsets[entry.name] = Subset(at, at + len(captions.records), entry.weight or 1.0), entry.weight
+        if entry.transform == "eval":
+            fixed.update(range(at, at + len(captions.records)))
         at += len(captions.records)
     val = read_image_data(layout.val, layout.verify_images, f"{layout.val.name}-val")
     outcome.report_refusals(log, recipe.output.folder, val)
-    data, val_data = join(sets), tokenize(val, model.llm, layout.max_text_tokens)
+    data = join(sets)
+    val_data = tokenize_entry(layout.val, val, model.llm, layout.max_text_tokens, recipe.seed)
     model.to(runtime.device)
-    tower.to(runtime.device)
+    tower.to(runtime.device, runtime.compute_dtype)
     cache = (recipe.output.cache or recipe.output.folder.parent / "cache") if layout.vision_cache else None
     common = {"seed": recipe.seed, "runtime": runtime, "cache_root": cache, "log": log}
-    features = open_features(data, tower, transform=layout.transform, views=layout.views, **common)
+    features = open_features(
+        data, tower, transform=layout.transform, views=layout.views, fixed=frozenset(fixed), **common
+    )
     val_features = open_features(val_data, tower, transform="eval", **common)
     questions = recipe.evaluation.questions
     asked = read_questions(questions, recipe.evaluation.answers).records if questions else []
@@ -178,7 +184,8 @@ def _measure_converter(
     if origins.converter is None or origins.source_projector is None or origins.source_words is None:
         return
     model.eval()
-    visual = model.vpg(validator.features([Group(i, 0, ()) for i in range(min(16, len(validator.data.records)))]))
+    images = [Group(i, 0, ()) for i in range(min(16, len(validator.data.records)))]
+    visual = model.vpg(validator.features(images).to(model.vpg.query_tokens.dtype))
     source = origins.source_projector.to(visual.device)
     before = norm_ratio(source(visual), origins.source_words)
     after = norm_ratio(model.projector(visual), model.llm.word_embeddings())
@@ -318,13 +325,17 @@ def _loop(
 
 
 def _accumulate(this: Run, batches: Sequence[Batch], parameters: list[Tensor]) -> Tensor:
-    """Gradients of the token mean over the whole update; returns that mean.  Every rank plans the same update and computes its share."""
+    """Gradients of the mean loss of the whole update; returns that mean.  Every rank plans the same update and computes its share.
+
+    The mean is over the tokens of the update, or, with `loss_mean: micro_batch`, over its micro-batches' token means.
+    """
     targets = sum(b.target_count for b in batches)
     total = torch.zeros((), device=this.runtime.device)
     for batch in batches[this.runtime.rank :: this.runtime.world_size]:
         features = this.features(batch.groups)
         with this.runtime.autocast():
-            loss = this.model.loss_sum(features, batch.to(this.runtime.device)) / targets
+            count = batch.target_count * len(batches) if this.recipe.loss_mean == "micro_batch" else targets
+            loss = this.model.loss_sum(features, batch.to(this.runtime.device)) / count
         loss.backward()
         total += loss.detach()
     if this.runtime.world_size > 1:

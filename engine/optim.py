@@ -1,4 +1,4 @@
-"""AdamW groups and learning-rate schedules as the reference has them (REFERENCE.md section 6)."""
+"""AdamW groups and learning-rate schedules as the authors' code has them."""
 
 from __future__ import annotations
 

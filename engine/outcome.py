@@ -57,7 +57,7 @@ def freeze_table(
     for name, part, origin in rows:
         parameters = [part] if isinstance(part, nn.Parameter) else list(part.parameters())
         trains = any(p.requires_grad for p in parameters)
-        mode = "train" if isinstance(part, nn.Parameter) or part.training else "eval"
+        mode = "" if isinstance(part, nn.Parameter) else "train" if part.training else "eval"
         if earlier and (name == "projector" or (vpg_trained and name != "language model")):
             origin = "the stage before"
         table.add_row(name, f"{sum(p.numel() for p in parameters):,}", "yes" if trains else "frozen", mode, origin)

@@ -62,7 +62,7 @@ class _Section(BaseModel):
 
 
 class Optimizer(_Section):
-    """AdamW as in the reference: no decay on parameters with fewer than two dimensions (REFERENCE.md section 6)."""
+    """AdamW as in the authors' code: no decay on parameters with fewer than two dimensions."""
 
     betas: tuple[float, float] = (0.9, 0.999)
     eps: Rate = 1e-8
@@ -103,6 +103,33 @@ class ImageData(_Section):
     )
     skip: NonNegative = Field(0, description="leave out the first N images")
     limit: Positive | None = Field(None, description="use at most N images after those skipped")
+    transform: Literal["train", "eval"] | None = Field(
+        None, description="of this set's images; default: data.transform"
+    )
+    style: Literal["caption", "conversation"] = Field(
+        "caption",
+        description="caption: [visual][bos][caption][newline]; conversation: [bos]###Human: [visual] instruction ###Assistant: answer###",
+    )
+    instructions: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="conversation only: one is drawn for each answer; default: requests to describe the image",
+    )
+    max_text_tokens: Positive | None = Field(
+        None,
+        description="of this set; default: data.max_text_tokens for captions; for conversations 160, answer and ###, as in the authors' code",
+    )
+
+    @model_validator(mode="after")
+    def _fits_its_style(self) -> ImageData:
+        if self.instructions is not None and self.style != "conversation":
+            raise ValueError(f"instructions: expected none for style {self.style}; set style to conversation")
+        for index, instruction in enumerate(self.instructions or []):
+            if not instruction.strip() or "###" in instruction:
+                raise ValueError(
+                    f"instructions.{index}: expected some text without '###', which ends a turn, got {instruction!r}"
+                )
+        return self
 
     @model_validator(mode="after")
     def _has_images(self) -> ImageData:
@@ -117,7 +144,7 @@ class TransferData(_Section):
     train: list[ImageData] = Field(min_length=1)
     val: ImageData
     captions_per_image: Literal["all"] | Positive = "all"
-    max_text_tokens: Positive = Field(32, description="BOS included (REFERENCE.md section 4)")
+    max_text_tokens: Positive = Field(32, description="BOS included, as in the authors' code")
     row_tokens: Positive = Field(512, description="token budget of one packed row")
     rows_per_micro_batch: Positive = 8
     transform: Literal["train", "eval"] = "train"
@@ -203,8 +230,20 @@ class QFormerConfig(_Section):
 
 class Target(_Section):
     llm: Annotated[str, BeforeValidator(_resolve_or_hub)] = Field(
-        description="folder or hub id of a decoder-only language model"
+        description="folder or hub id of a language model, decoder-only or encoder-decoder"
     )
+    config: dict[str, Any] | None = Field(
+        None,
+        description="its sizes as a transformers config with model_type: what a dry run reads where the model is not on this machine",
+    )
+
+    @model_validator(mode="after")
+    def _names_its_type(self) -> Target:
+        if self.config is not None and not isinstance(self.config.get("model_type"), str):
+            raise ValueError(
+                f"config: expected model_type (opt, llama, t5, ...) among the sizes, got {', '.join(self.config) or 'nothing'}"
+            )
+        return self
 
 
 SourcePath = Annotated[Path | str, BeforeValidator(_resolve_existing_or_hub)]
@@ -225,7 +264,7 @@ class Source(_Section):
 
 
 class Converter(_Section):
-    """The word converter (REFERENCE.md section 2): `ridge` closed form, `sgd_cosine` as in the paper, `identity` where embeddings agree."""
+    """The word converter (arXiv 2305.01278, section 4): `ridge` closed form, `sgd_cosine` as in the paper, `identity` where embeddings agree."""
 
     method: Literal["ridge", "sgd_cosine"] = "ridge"
     held_out: Fraction = Field(
@@ -276,7 +315,7 @@ class Initialise(_Section):
 
 
 class Generation(_Section):
-    """Defaults are the reference's for captions (REFERENCE.md section 7)."""
+    """Defaults are the reference's for captions (LAVIS's COCO configuration)."""
 
     num_beams: Positive = 5
     max_new_tokens: Positive = 30
@@ -302,6 +341,9 @@ class Evaluation(_Section):
     )
     questions: RecipePath | None = Field(None, description="official VQA questions of the validation images")
     answers: RecipePath | None = None
+    question_prompt: str | None = Field(
+        None, description="`{}` stands for the question; default: the reference's, by the kind of language model"
+    )
     attributes: bool = Field(False, description="miniature world only: share of captions with every attribute right")
     select: Literal["val_loss", "cider"] = Field("val_loss", description="score by which the best checkpoint is kept")
     samples: NonNegative = 12
@@ -348,6 +390,10 @@ class TransferRecipe(_Recipe):
     converter: Converter = Converter()
     data: TransferData
     stages: list[Stage] = Field(min_length=1)
+    loss_mean: Literal["global", "micro_batch"] = Field(
+        "global",
+        description="tokens of the whole update weigh alike; micro_batch: a mean of micro-batches' means, as in the authors' code",
+    )
     evaluation: Evaluation = Evaluation()
 
     @model_validator(mode="after")
@@ -378,6 +424,11 @@ class TransferRecipe(_Recipe):
                 raise ValueError(f"stages.{index}: expected a weight for all of its training sets or for none")
             if any(chosen) and stage.pairs is None:
                 raise ValueError(f"stages.{index}.epochs: weighted sets have no common epoch; give the length in pairs")
+        if self.data.transform == "eval" and any(s.transform == "train" for s in self.data.train):
+            raise ValueError(
+                "data.train: expected transform 'eval' or nothing, because data.transform is 'eval'; set data.transform to 'train' and "
+                "the transform of the other sets to 'eval'"
+            )
         if self.data.vision_cache and self.data.transform == "train" and "views" not in self.data.model_fields_set:
             raise ValueError(
                 "data.vision_cache, data.transform: a cache of randomly transformed images needs data.views (stored views an image); "
@@ -447,6 +498,14 @@ class PairedData(_Section):
         description="full: decode every image once before training, so that none stops an epoch; header is quicker for large sets",
     )
 
+    @model_validator(mode="after")
+    def _captions_only(self) -> PairedData:
+        if any(entry.style != "caption" or entry.transform is not None for entry in (*self.train, self.val)):
+            raise ValueError(
+                "train, val: expected plain captions and one transform for all, got a style or a transform of one set"
+            )
+        return self
+
 
 class VisionRecipe(_Recipe):
     """A small ViT trained by captioning through cross-attention (CapPa, arXiv 2306.07915); the decoder is dropped."""
@@ -486,11 +545,12 @@ def load_recipe(
     overrides: list[str] | tuple[str, ...] = (),
     kinds: tuple[str, ...] | None = None,
     check_files: bool = True,
+    keep_unset_variables: bool = False,
 ) -> Recipe:
     """Read, override and validate a recipe, and check that every file that it names as an input exists.
 
     overrides: `section.key=value`, values in YAML.  kinds: the kinds that the caller can run.  check_files: false for a plan whose inputs are
-    still to be made.
+    still to be made.  keep_unset_variables: `${NAME}` of an unset variable stays as text, for a dry run, which opens no file.
     Raises RecipeError with one message: the key, what was expected, what came, and the nearest valid key.
     """
     values = _read_yaml(Path(path))
@@ -501,7 +561,7 @@ def load_recipe(
         expected = ", ".join(kinds or tuple(_KINDS))
         raise RecipeError(f"{path}: kind: expected one of {expected}, got {kind!r}")
     try:
-        recipe = _KINDS[kind].model_validate(_expand(values, ""))
+        recipe = _KINDS[kind].model_validate(_expand(values, "", keep_unset_variables))
     except ValidationError as error:
         raise RecipeError(f"{path}: " + "\n".join(_explain(e, _KINDS[kind]) for e in error.errors())) from None
     if check_files:
@@ -589,15 +649,17 @@ def _index(items: list[Any], part: str, where: str) -> int:
     return int(part)
 
 
-def _expand(value: Any, where: str) -> Any:
-    """`${NAME}` in strings becomes the environment variable NAME."""
+def _expand(value: Any, where: str, keep_unset: bool = False) -> Any:
+    """`${NAME}` in strings becomes the environment variable NAME; unset ones stay as they are where `keep_unset`."""
     if isinstance(value, dict):
-        return {k: _expand(v, f"{where}.{k}".lstrip(".")) for k, v in value.items()}
+        return {k: _expand(v, f"{where}.{k}".lstrip("."), keep_unset) for k, v in value.items()}
     if isinstance(value, list):
-        return [_expand(v, f"{where}.{i}") for i, v in enumerate(value)]
+        return [_expand(v, f"{where}.{i}", keep_unset) for i, v in enumerate(value)]
     if isinstance(value, str):
         for name in re.findall(r"\$\{(\w+)\}", value):
             if name not in os.environ:
+                if keep_unset:
+                    continue
                 raise RecipeError(
                     f"{where}: expected the environment variable {name} (in {value!r}), which is not set; set it or override {where}"
                 )
@@ -653,17 +715,19 @@ def _sections(annotation: Any) -> typing.Iterator[type[BaseModel]]:
 
 def _check_files(recipe: Any, where: str) -> None:
     """Every path that names an input must exist now, not an hour into the run."""
-    for key, value in _paths(recipe, ""):
-        if not key.startswith("output.") and not value.exists():
-            near = difflib.get_close_matches(
-                value.name, [p.name for p in value.parent.iterdir()] if value.parent.is_dir() else [], 1
-            )
-            hint = f"; did you mean {value.parent / near[0]}?" if near else ""
-            if recipe.inputs_from:
-                hint = f"; make it with `{recipe.inputs_from}`"
-            raise RecipeError(
-                f"{where}: {key}: expected an existing file or folder, found none at {str(value)!r}{hint}"
-            )
+    for key, value in missing_files(recipe):
+        near = difflib.get_close_matches(
+            value.name, [p.name for p in value.parent.iterdir()] if value.parent.is_dir() else [], 1
+        )
+        hint = f"; did you mean {value.parent / near[0]}?" if near else ""
+        if recipe.inputs_from:
+            hint = f"; make it with `{recipe.inputs_from}`"
+        raise RecipeError(f"{where}: {key}: expected an existing file or folder, found none at {str(value)!r}{hint}")
+
+
+def missing_files(recipe: Any) -> list[tuple[str, Path]]:
+    """The inputs of a recipe that are not on this machine: (key, path)."""
+    return [(k, path) for k, path in _paths(recipe, "") if not k.startswith("output.") and not path.exists()]
 
 
 def _paths(section: Any, where: str) -> typing.Iterator[tuple[str, Path]]:

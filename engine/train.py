@@ -3,6 +3,7 @@
     torchrun engine/train.py recipes/demo.yaml [section.key=value ...]
     torchrun -m vpgtrans.engine.train recipes/demo.yaml
     vpgtrans train recipes/demo.yaml
+    vpgtrans train recipes/vl_llama.yaml --dry-run      what would be trained, and what memory it takes, on the meta device
 
 Top to bottom: recipe (checked before anything else is imported) -> process -> data -> model -> for each stage: freeze, order, optimiser,
 resume, loop -> best model, scores, samples.  Run it again after a kill and it goes on from its last checkpoint.
@@ -25,17 +26,21 @@ if __package__ in (
 
 from .recipe import RecipeError, load_recipe
 
-USAGE = "usage: train.py RECIPE.yaml [section.key=value ...]"
+USAGE = "usage: train.py RECIPE.yaml [section.key=value ...] [--dry-run]"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0, 2 for a recipe or data error (one message), 1 for a run that had to stop."""
-    arguments = sys.argv[1:] if argv is None else argv
+    given = sys.argv[1:] if argv is None else argv
+    dry = "--dry-run" in given
+    arguments = [a for a in given if a != "--dry-run"]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__ if arguments else USAGE, file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else 2
     try:
-        recipe = load_recipe(arguments[0], arguments[1:], kinds=("transfer",))
+        recipe = load_recipe(
+            arguments[0], arguments[1:], kinds=("transfer",), check_files=not dry, keep_unset_variables=dry
+        )
     except RecipeError as error:
         print(f"recipe error: {error}", file=sys.stderr)
         return 2
@@ -46,7 +51,15 @@ def main(argv: list[str] | None = None) -> int:
     from .models.llm import ModelError
 
     try:
-        run(recipe)
+        if dry:
+            from .dry_run import dry_run
+
+            dry_run(recipe)
+        else:
+            run(recipe)
+    except RecipeError as error:
+        print(f"recipe error: {error}", file=sys.stderr)
+        return 2
     except (CheckpointError, DataError, ImageRefused, ModelError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2

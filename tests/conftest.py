@@ -119,7 +119,8 @@ def tiny_world(tmp_path_factory) -> Path:
         dropout=0.1,
         initializer_range=0.2,
     )
-    common = {"recipe": "tiny", "image_width": 16, "qformer": config.model_dump(), "pairs": 0}
+    vision = {"kind": "eva_vit", "path": str(root / "tower"), "image_size": 32}
+    common = {"recipe": "tiny", "image_width": 16, "qformer": config.model_dump(), "pairs": 0, "vision": vision}
     save_parts(root / "vpg" / "model", {"vpg": VPG(config, 16)}, {**common, "llm": None})
     parts = {"vpg": VPG(config, 16), "projector": torch.nn.Linear(16, 24)}
     save_parts(root / "source" / "model", parts, {**common, "llm": str(root / "lm_source")})
@@ -147,7 +148,7 @@ def tiny_recipe(tiny_world, tmp_path) -> Path:
         ],
         "evaluation": {
             "generate_images": 4, "generate": {"num_beams": 2, "max_new_tokens": 4, "min_new_tokens": 0}, "attributes": True, "samples": 2,
-            "questions": str(world / "questions_val.json"), "answers": str(world / "answers_val.json"),
+            "questions": str(world / "questions_val.json"), "answers": str(world / "answers_val.json"), "question_prompt": "question: {} answer:",
         },
         "output": {"folder": str(tmp_path / "run"), "checkpoint_every_pairs": 22, "log_every_updates": 2, "tensorboard": False},
     }  # fmt: skip

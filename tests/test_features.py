@@ -81,3 +81,14 @@ def test_a_convolutional_tower_in_channels_last_can_be_cached(opened):
     module = MobileNetV2().to(memory_format=torch.channels_last)
     tower = VisionTower(module, 1280, 1, 32, PixelNorm((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), "random")
     assert opened(tower=tower)(GROUPS).shape == (3, 1, 1280)
+
+
+def test_a_set_keeps_the_eval_transform_among_augmented_ones(opened):
+    """Images that are `fixed` look as with the eval transform in every epoch, live and cached; the others are drawn anew."""
+    plain = opened(cached=False)
+    for settings in ({"cached": False}, {"views": 2}):
+        mixed = opened(transform="train", fixed=frozenset({0, 2}), **settings)
+        for epoch in (0, 1):
+            groups = [Group(i, epoch, ()) for i in range(3)]
+            same = [torch.allclose(a, b, atol=1e-5) for a, b in zip(mixed(groups), plain(groups), strict=True)]
+            assert same == [True, False, True]

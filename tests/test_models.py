@@ -212,7 +212,7 @@ def test_evaluating_gives_every_part_its_own_mode_back(make_llm):
 
 
 def test_paper_sizes():
-    """REFERENCE: 105.1 M in the Q-Former; stage 2 trains 108,314,880 and stage 1 3,149,824 parameters at width 4096."""
+    """BLIP-2: 105.1 M in the Q-Former; stage 2 trains 108,314,880 and stage 1 3,149,824 parameters at width 4096."""
     with torch.device("meta"):
         vpg, projector = VPG(QFormerConfig(), 1408), torch.nn.Linear(768, 4096)
     stage_1 = sum(p.numel() for p in projector.parameters())

@@ -20,12 +20,15 @@ from transformers import (
     T5Config,
 )
 
+from vpgtrans.engine.data.coco import CaptionSet, ImageRecord, RefusalReport
+from vpgtrans.engine.data.conversation import tokenize_entry
 from vpgtrans.engine.data.packing import CaptionData, Group
+from vpgtrans.engine.export.language_model import without_projections
 from vpgtrans.engine.models.llm import LanguageModel, wrap
 from vpgtrans.engine.models.vision import eva_vit
 from vpgtrans.engine.models.vlm import VisionLanguageModel
 from vpgtrans.engine.models.vpg import VPG
-from vpgtrans.engine.recipe import Generation, QFormerConfig
+from vpgtrans.engine.recipe import Generation, ImageData, QFormerConfig
 
 WIDTH, LAYERS, HEADS, QUERIES, IMAGE = 32, 2, 4, 5, 28
 LN_VISION_EPS = 1e-5
@@ -44,6 +47,7 @@ T5 = {
 }  # fmt: skip
 TEXT_CONFIGS = {
     "opt": (OPTConfig, {**OPT, "word_embed_proj_dim": WIDTH}),
+    "opt-350m": (OPTConfig, {**OPT, "word_embed_proj_dim": 16, "do_layer_norm_before": False}),
     "llama": (LlamaConfig, GROUPED),
     "mistral": (MistralConfig, {**GROUPED, "sliding_window": 64}),
     "gemma": (GemmaConfig, {**GROUPED, "head_dim": 8}),
@@ -66,7 +70,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     """Words with sentencepiece's mark, the specials of all the tiny configs, a newline and `###`."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    asked = {"question:", "what", "colour", "answer:"}
+    asked = {"question:", "what", "colour", "answer:", "###Human:", "###Assistant:", "###"}
     words = sorted({w for caption in CAPTIONS for w in caption.split()} | asked)
     tokens = ["<pad>", "<s>", "</s>", "<unk>", "\n", "<image>", *("▁" + w for w in words), *"abcdefgh"]
     raw = Tokenizer(models.WordLevel({t: i for i, t in enumerate(tokens)}, unk_token="<unk>"))
@@ -120,6 +124,10 @@ def build(family: str, tokenizer) -> tuple[Blip2ForConditionalGeneration, Vision
         {k: v for k, v in theirs.vision_model.state_dict().items() if "post_layernorm" not in k}
     )
     llm = wrap(theirs.language_model, tokenizer, family)
+    if (
+        family == "opt-350m"
+    ):  # transformers' BLIP-2 puts soft prompts before project_in: only the folded model can be compared
+        theirs.language_model = without_projections(llm.model)
     projector = torch.nn.Linear(24, llm.hidden_width)
     projector.load_state_dict(theirs.language_projection.state_dict())
     model = VisionLanguageModel(vpg, projector, llm)
@@ -201,6 +209,42 @@ def test_loss_and_gradients(family, dtype, tokenizer):
             assert (got[name] - gradient).norm() <= relative * max(gradient.norm(), floor), name
 
 
+def test_vicuna_prompt(tokenizer):
+    """Stage 3's conversations: two packed by us, one a row by transformers with the image inside the prompt; loss and gradients in float64."""
+    theirs, model, tower = build("llama", tokenizer)
+    theirs.to(torch.float64), model.to(torch.float64), tower.to(torch.float64)
+    llm = model.llm
+    entry = ImageData(name="talk", captions="filter_cap.json", style="conversation", instructions=["what colour"])
+    answers = [["a large green star", "a ring above a red star"], ["one large circle"]]
+    records = [ImageRecord(i, None, texts) for i, texts in enumerate(answers)]
+    data = tokenize_entry(entry, CaptionSet("talk", records, RefusalReport("talk")), llm, 32, seed=0)
+    images = torch.randn(2, 3, IMAGE, IMAGE, generator=torch.Generator().manual_seed(1)).double()
+    groups = [Group(0, 0, (0, 1)), Group(1, 0, (0,))]
+    batches = llm.pack(groups, data, QUERIES, row_tokens=64, rows_per_batch=2)
+    with torch.no_grad():
+        features = tower(images)
+    targets = sum(b.target_count for b in batches)
+    ours = sum(model.loss_sum(features[[g.image for g in b.groups]], b) for b in batches) / targets
+    rows = []
+    for image, group in enumerate(groups):
+        before = [llm.special.bos, *llm.text_ids("###Human: ")] + [theirs.config.image_token_index] * QUERIES
+        for k in group.captions:
+            question, answer = llm.text_ids(" what colour ###Assistant: "), llm.text_ids(answers[image][k] + "###")
+            rows.append((before + question + answer, [-100] * len(before + question) + answer))
+    width, pad = max(len(r) for r, _ in rows), llm.special.pad
+    expected = theirs(
+        pixel_values=images[[0, 0, 1]],
+        input_ids=torch.tensor([r + [pad] * (width - len(r)) for r, _ in rows]),
+        attention_mask=torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r, _ in rows]),
+        labels=torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in rows]),
+    ).loss
+    assert abs(ours.item() / expected.item() - 1) <= 1e-6
+    wanted = torch.autograd.grad(expected, [theirs.query_tokens, theirs.language_projection.weight])
+    got = torch.autograd.grad(ours, [model.vpg.query_tokens, model.projector.weight])
+    for a, b in zip(got, wanted, strict=True):
+        assert (a - b).norm() <= 1e-6 * b.norm()
+
+
 def unpacked(batch, llm) -> list[tuple[list[int], list[int]]]:
     """(encoder text, labels) of each pair of an encoder-decoder's batch."""
     lengths = np.bincount(batch.predict.numpy() // batch.decoder_ids.shape[1])
@@ -233,7 +277,7 @@ def test_generated_ids(family, beams, tokenizer):
     mask = torch.tensor([[0] * n + [1] * (width - n) for n in pads])
     expected = theirs.generate(
         pixel_values=images, input_ids=ids, attention_mask=mask, do_sample=False, num_beams=beams, max_new_tokens=9, min_new_tokens=2,
-        eos_token_id=llm.end_ids(), pad_token_id=llm.special.pad,
+        eos_token_id=llm.ends, pad_token_id=llm.special.pad,
     )[:, 1 if llm.is_encoder_decoder else width :]  # fmt: skip
     assert got.tolist() == expected.tolist()
     assert len({tuple(row) for row in got.tolist()}) > 1, "the images make no difference: nothing is tested"
@@ -271,7 +315,7 @@ def test_beam_score_of_the_reference(tokenizer):
 
 
 def trimmed(ids: list[int], llm: LanguageModel) -> list[int]:
-    ends = [i for i, token in enumerate(ids) if token in llm.end_ids()]
+    ends = [i for i, token in enumerate(ids) if token in llm.ends]
     return ids[: ends[0] + 1] if ends else ids
 
 

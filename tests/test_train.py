@@ -212,10 +212,10 @@ def test_bad_images_and_captions_are_refused_by_name_and_the_run_goes_on(tiny_re
     assert any(files[0].name in json.dumps(entry) for entry in report["named"])
 
 
-def start(recipe: Path, folder: Path) -> subprocess.Popen:
+def start(recipe: Path, folder: Path, *settings: str) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, TRAIN, recipe, f"output.folder={folder}"],
+        [sys.executable, TRAIN, recipe, f"output.folder={folder}", *settings],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -232,12 +232,7 @@ def test_killed_at_random_steps_it_ends_bit_identical(tiny_recipe, tmp_path):
     for low, high in ((3, 6), (8, 18)):
         step = int(torch.randint(low, high, (1,), generator=generator))
         process = start(tiny_recipe, killed)
-        deadline = time.monotonic() + 120
-        while _last_step(killed) < step and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.002)
-        assert process.poll() is None, process.stderr.read()
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        kill_at(process, killed, step)
         kills.append(_last_step(killed))
     process = start(tiny_recipe, killed)
     message = process.communicate(timeout=120)[1]
@@ -249,6 +244,15 @@ def test_killed_at_random_steps_it_ends_bit_identical(tiny_recipe, tmp_path):
         assert all(torch.equal(expected[k], got[k]) for k in expected)
     numbers = [[(e["step"], e["pairs"], e["val_loss"]) for e in events(folder, "eval")] for folder in (whole, killed)]
     assert numbers[0] == numbers[1]
+
+
+def kill_at(process: subprocess.Popen, folder: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while _last_step(folder) < step and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    assert process.poll() is None, process.stderr.read()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
 
 
 def _last_step(folder: Path) -> int:
@@ -274,3 +278,72 @@ def test_a_skipped_update_between_two_logs_is_counted(tiny_recipe, tmp_path, mon
     summary = run(load_recipe(tiny_recipe, ["evaluation.generate_images=0", "output.log_every_updates=6"]))
     assert summary["skipped_updates"] == 1 and summary["pairs"] == 220
     assert [e["value"] for e in events(tmp_path / "run", "warning") if e["name"] == "update_skipped"] == [1.0]
+
+
+@pytest.mark.parametrize("mean", ["global", "micro_batch"])
+def test_mean_of_the_loss(mean, tiny_recipe, tmp_path):
+    """The first logged loss against sums over its micro-batches, which differ in size."""
+    from vpgtrans.engine import loop
+    from vpgtrans.engine.recipe import load_recipe
+    from vpgtrans.engine.runlog import RunLog
+    from vpgtrans.engine.runtime import start, stop
+    from vpgtrans.engine.train import main
+
+    settings = [
+        "stages.0.pairs=11",
+        "stages.1.pairs=11",
+        "data.transform=eval",
+        "evaluation.generate_images=0",
+        f"loss_mean={mean}",
+    ]
+    assert main([str(tiny_recipe), *settings, "output.log_every_updates=1"]) == 0
+    events = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    logged = next(e["loss"] for e in events if e["event"] == "train")
+
+    recipe = load_recipe(tiny_recipe, settings)
+    runtime = start(recipe.device, recipe.precision, recipe.threads, recipe.seed)
+    log = RunLog(tmp_path / "other", enabled=False, tensorboard=False)
+    this = loop._prepare(recipe, runtime, log, loop.Progress())
+    this.model.eval()
+    groups = loop._order(this, recipe.stages[0]).next_update()
+    batches = this.model.pack(groups, this.data, recipe.data)
+    with torch.no_grad():
+        sums = [this.model.loss_sum(this.features(b.groups), b).item() for b in batches]
+    stop()
+    counts = [b.target_count for b in batches]
+    assert len(counts) > 1 and len(set(counts)) > 1
+    expected = {
+        "global": sum(sums) / sum(counts),
+        "micro_batch": sum(s / c for s, c in zip(sums, counts, strict=True)) / len(sums),
+    }
+    assert expected["global"] != pytest.approx(expected["micro_batch"], rel=1e-4)
+    assert logged == pytest.approx(expected[mean], rel=1e-5)
+
+
+def test_an_encoder_decoder_trains_with_the_same_loop(tiny_recipe, tiny_world, tmp_path):
+    """Flan-T5's kind as the target: converter, both stages, captions and answers; stopped half way, it resumes to the same end."""
+    from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
+
+    from vpgtrans.engine.train import main
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_world / "lm_target")
+    torch.manual_seed(4)
+    config = T5Config(
+        vocab_size=len(tokenizer), d_model=40, d_kv=8, d_ff=64, num_layers=1, num_heads=4, dropout_rate=0.0, decoder_start_token_id=0,
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, feed_forward_proj="gated-gelu",
+    )  # fmt: skip
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
+    tokenizer.save_pretrained(tmp_path / "t5")
+    settings = [f"target.llm={tmp_path / 't5'}", "stages.1.pairs=66"]
+    assert main([str(tiny_recipe), *settings, f"output.folder={tmp_path / 'whole'}"]) == 0
+    logged = [
+        e for e in map(json.loads, (tmp_path / "whole" / "log.jsonl").read_text().splitlines()) if e["event"] == "train"
+    ]
+    assert logged[-1]["loss"] < logged[0]["loss"]
+    summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
+    assert {"cider", "vqa_accuracy"} <= summary.keys()
+    process = start(tiny_recipe, tmp_path / "resumed", *settings)
+    kill_at(process, tmp_path / "resumed", 4)
+    assert main([str(tiny_recipe), *settings, f"output.folder={tmp_path / 'resumed'}"]) == 0
+    ends = [load_file(tmp_path / name / "last" / "model.safetensors") for name in ("whole", "resumed")]
+    assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])

@@ -107,6 +107,7 @@ def read_image_data(entry: ImageData, verify_images: VerifyImages, name: str | N
         found = read_captions(
             source, entry.images or default_images(source, entry.format), name=name or entry.name,
             verify_images=verify_images, limit=limit, format=entry.format, split=entry.split,
+            preprocess=False if entry.style == "conversation" else None,
         )  # fmt: skip
     if entry.skip >= len(found.records):
         raise DataError(

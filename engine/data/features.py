@@ -35,19 +35,24 @@ class FeatureSource(Protocol):
 class LiveFeatures:
     """Decodes, transforms and encodes the images of each batch."""
 
-    def __init__(self, data: CaptionData, tower: VisionTower, transform: str, seed: int, runtime: Runtime):
+    def __init__(
+        self, data: CaptionData, tower: VisionTower, transform: str, seed: int, runtime: Runtime, fixed: frozenset[int] = frozenset()
+    ):  # fmt: skip
         self.data, self.tower, self.transform, self.seed, self.runtime = data, tower, transform, seed, runtime
+        self.fixed = fixed
+        self._dtype = next(tower.parameters()).dtype
         self._pool = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1), thread_name_prefix="decode")
 
     def __call__(self, groups: list[Group]) -> Tensor:
         pixels = torch.stack(list(self._pool.map(self._pixels, groups))).to(self.runtime.device, non_blocking=True)
-        images = normalise(pixels, self.tower.norm.mean, self.tower.norm.std)
+        images = normalise(pixels, self.tower.norm.mean, self.tower.norm.std).to(self._dtype)
         with self.runtime.autocast():
             return self.tower.features(images)
 
     def _pixels(self, group: Group) -> Tensor:
         record = self.data.records[group.image]
-        rng = sample_rng(self.seed, group.epoch, record.image_id) if self.transform == "train" else None
+        augmented = self.transform == "train" and group.image not in self.fixed
+        rng = sample_rng(self.seed, group.epoch, record.image_id) if augmented else None
         return load_pixels(record.path, self.tower.image_size, rng)
 
 
@@ -76,16 +81,19 @@ def open_features(
     cache_root: Path | None,
     views: int = 1,
     log: RunLog,
+    fixed: frozenset[int] = frozenset(),
 ) -> FeatureSource:
     """Live features, or, with `cache_root`, the cache of this tower and data, built first where it is missing.
+
+    fixed: images that take the eval transform whatever `transform` is.
 
     An existing cache of the right key but the wrong size is removed and rebuilt, with a line that says so.
     """
     if cache_root is None:
-        return LiveFeatures(data, tower, transform, seed, runtime)
+        return LiveFeatures(data, tower, transform, seed, runtime, fixed)
     views = views if transform == "train" else 1
     shape = (views, len(data.records), tower.tokens, tower.width)
-    key = _cache_key(data, tower, transform, seed, views, runtime.compute_dtype)
+    key = _cache_key(data, tower, transform, seed, views, runtime.compute_dtype, fixed)
     path = cache_root / f"vision-{data.name}-{key}.bin"
     expected = shape[0] * shape[1] * shape[2] * shape[3] * runtime.compute_dtype.itemsize
     if path.exists() and path.stat().st_size != expected:
@@ -93,7 +101,7 @@ def open_features(
         path.unlink()
     if not path.exists():
         log.say(f"vision cache: {shape[1]:,} images x {views} view(s) -> {path} ({expected / 2**20:.0f} MiB)")
-        _build(path, LiveFeatures(data, tower, transform, seed, runtime), shape, runtime.compute_dtype, log)
+        _build(path, LiveFeatures(data, tower, transform, seed, runtime, fixed), shape, runtime.compute_dtype, log)
     return CachedFeatures(path, shape, runtime.compute_dtype, runtime.device)
 
 
@@ -116,7 +124,9 @@ def _build(path: Path, live: LiveFeatures, shape: tuple[int, int, int, int], dty
     write_json(path.with_suffix(".json"), {"shape": shape, "dtype": str(dtype)})
 
 
-def _cache_key(data: CaptionData, tower: VisionTower, transform: str, seed: int, views: int, dtype: torch.dtype) -> str:
+def _cache_key(
+    data: CaptionData, tower: VisionTower, transform: str, seed: int, views: int, dtype: torch.dtype, fixed: frozenset[int]
+) -> str:  # fmt: skip
     digest = hashlib.sha256()
     for name, tensor in sorted(tower.state_dict().items()):
         digest.update(name.encode())
@@ -132,6 +142,8 @@ def _cache_key(data: CaptionData, tower: VisionTower, transform: str, seed: int,
         tower.norm.mean,
         tower.norm.std,
     ]
+    if fixed:
+        settings.append(sorted(fixed))
     digest.update(json.dumps(settings).encode())
     for record in data.records:
         stat = record.path.stat()

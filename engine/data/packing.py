@@ -4,13 +4,16 @@ An update is a fixed number of *pairs*, whatever the rows' token budget.  All ca
 group, which shares one image encoding and one visual prefix.  Where an update ends inside an image, its other captions are carried over
 to the next.  The order depends on (seed, epoch) only, never on the number of ranks, and its position is a few numbers (`Position`).
 
+Conversations (conversation.py) have text before the visual tokens too: their shared prefix is `[lead][visual]`, and the first ids of what
+follows are the question, which is no target.  Both styles may meet in one row.
+
 Shape letters: R rows, T tokens of a row, P predicted positions, V visual slots.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -27,15 +30,30 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CaptionData:
-    """Captioned images with token ids: `ids[i][k]` is caption k of image i, framed as the language model packs them."""
+    """Captioned images with token ids: `ids[i][k]` is caption k of image i, framed as the language model packs them.
+
+    Two more for conversations, keyed by image, nothing for plain captions: `leads[i]`, the ids before the visual tokens of image i, and
+    `unsupervised[i][k]`, how many of the first ids of caption k are no targets.
+    """
 
     name: str
     records: Sequence
     ids: list[list[list[int]]]
+    leads: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    unsupervised: dict[int, list[int]] = field(default_factory=dict)
 
     @property
     def pair_count(self) -> int:
         return sum(len(captions) for captions in self.ids)
+
+    def lead(self, image: int) -> tuple[int, ...]:
+        """Ids before the visual tokens of an image; none for plain captions."""
+        return self.leads.get(image, ())
+
+    def question_tokens(self, image: int, caption: int) -> int:
+        """How many of the first ids of a caption are no targets; 0 for plain captions."""
+        counts = self.unsupervised.get(image)
+        return counts[caption] if counts else 0
 
 
 def tokenize(captions: CaptionSet, llm: LanguageModel, max_tokens: int) -> CaptionData:
@@ -48,9 +66,14 @@ def tokenize(captions: CaptionSet, llm: LanguageModel, max_tokens: int) -> Capti
 
 
 def join(sets: Sequence[CaptionData]) -> CaptionData:
-    """Several sets as one, in order."""
+    """Several sets as one, in order; plain captions and conversations may be mixed."""
+    starts = np.cumsum([0, *(len(s.ids) for s in sets)]).tolist()
     return CaptionData(
-        "+".join(s.name for s in sets), [r for s in sets for r in s.records], [i for s in sets for i in s.ids]
+        "+".join(s.name for s in sets),
+        [r for s in sets for r in s.records],
+        [i for s in sets for i in s.ids],
+        {start + i: lead for start, s in zip(starts, sets, strict=False) for i, lead in s.leads.items()},
+        {start + i: counts for start, s in zip(starts, sets, strict=False) for i, counts in s.unsupervised.items()},
     )
 
 
@@ -206,7 +229,7 @@ class PackedBatch:
 
 @dataclass(frozen=True)
 class _Segment:
-    """A visual prefix and the captions that follow it in one row; a group that does not fit in one row becomes several."""
+    """A prefix (lead and visual tokens) and the captions that follow it in one row; a group that does not fit in one row becomes several."""
 
     group: int
     captions: tuple[int, ...]
@@ -242,16 +265,19 @@ def pack_update(
 def _segments(index: int, group: Group, data: CaptionData, queries: int, row_tokens: int) -> list[_Segment]:
     segments: list[_Segment] = []
     captions: list[int] = []
-    length = queries
+    lead = len(data.lead(group.image))
+    prefix = lead + queries
+    length = prefix
     for caption in group.captions:
         tokens = len(data.ids[group.image][caption])
-        if queries + tokens > row_tokens:
+        if prefix + tokens > row_tokens:
+            before = f"{lead} tokens before the image, " if lead else ""
             raise DataError(
-                f"data.row_tokens: expected at least {queries + tokens} ({queries} visual tokens and a caption of {tokens}), got {row_tokens}"
+                f"data.row_tokens: expected at least {prefix + tokens} ({before}{queries} visual tokens and a caption of {tokens}), got {row_tokens}"
             )
         if length + tokens > row_tokens:
             segments.append(_Segment(index, tuple(captions), length))
-            captions, length = [], queries
+            captions, length = [], prefix
         captions.append(caption)
         length += tokens
     return [*segments, _Segment(index, tuple(captions), length)]
@@ -266,28 +292,32 @@ def _build(
     ids = np.full((len(rows), width), pad, np.int64)
     positions = np.zeros((len(rows), width), np.int64)
     group_of = np.full((len(rows), width), -1, np.int64)
-    caption_of = np.zeros((len(rows), width), np.int64)  # 0 is the visual prefix
+    caption_of = np.zeros((len(rows), width), np.int64)  # 0 is the shared prefix
     slots, sources, predict, labels = [], [], [], []
     for row, segments in enumerate(rows):
         at = 0
         for number, segment in enumerate(segments):
             group = groups[segment.group]
-            base = row * width
-            slots.append(base + np.arange(at, at + queries))
+            lead = data.lead(group.image)
+            base, visual = row * width, at + len(lead)
+            start = visual + queries
+            ids[row, at:visual] = lead
+            slots.append(base + np.arange(visual, start))
             sources.append(place[segment.group] * queries + np.arange(queries))
             group_of[row, at : at + segment.length] = number
-            positions[row, at : at + queries] = np.arange(queries)
-            last_visual = base + at + queries - 1
-            start = at + queries
+            prefix = start - at
+            positions[row, at:start] = np.arange(prefix)
+            last_visual = base + start - 1
             for mark, caption in enumerate(segment.captions, 1):
                 tokens = data.ids[group.image][caption]
                 end = start + len(tokens)
                 ids[row, start:end] = tokens
-                positions[row, start:end] = queries + np.arange(len(tokens))
+                positions[row, start:end] = prefix + np.arange(len(tokens))
                 caption_of[row, start:end] = mark
                 # The last visual position predicts BOS, once for each caption; a caption's last token predicts nothing.
-                predict.append(np.concatenate([[last_visual], base + np.arange(start, end - 1)]))
-                labels.append(tokens)
+                first = data.question_tokens(group.image, caption)
+                predict.append(np.concatenate([[last_visual], base + np.arange(start, end - 1)])[first:])
+                labels.append(tokens[first:])
                 start = end
             at = start
     order = np.arange(width)

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.packing import CaptionData, Group, PackedBatch, pack_update
 from ..recipe import Generation
@@ -98,6 +99,21 @@ class CausalLanguageModel(LanguageModel):
         counted = settings.beam_score == "prompt_and_generated"
         with prompt_counts_in_beam_score(self.model, longest) if counted else contextlib.nullcontext():
             return self.model.generate(inputs_embeds=inputs, attention_mask=mask, generation_config=config)
+
+    @torch.no_grad()
+    def generate_after(
+        self, before: Sequence[int], prompt: Tensor, after: Sequence[int], config: GenerationConfig, **more: Any
+    ) -> list[int]:
+        """New ids after `[before][visual][after]`: ids before and after prompt (Q, W), with BOS where the format has one.
+
+        more: for transformers' generate, a streamer or stopping criteria.
+        """
+        words = [self.embed(torch.tensor(ids, device=prompt.device, dtype=torch.long)) for ids in (before, after)]
+        inputs = torch.cat([words[0], prompt.to(words[0].dtype), words[1]])[None]
+        mask = torch.ones(inputs.shape[:2], dtype=torch.long, device=prompt.device)
+        return self.model.generate(inputs_embeds=inputs, attention_mask=mask, generation_config=config, **more)[
+            0
+        ].tolist()
 
     @torch.no_grad()
     def check_contract(self) -> None:

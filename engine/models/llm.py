@@ -57,6 +57,7 @@ class LanguageModel(nn.Module, ABC):
         self.tokenizer = tokenizer
         self.path = path
         self.special = special_tokens(tokenizer, path, newline=not self.is_encoder_decoder)
+        self.ends = sorted({self.special.eos, self.special.newline})  # ids that end an answer
         self.hidden_width = int(model.config.hidden_size)
         self.model.requires_grad_(False).eval()
 
@@ -114,16 +115,12 @@ class LanguageModel(nn.Module, ABC):
         ids = self.generate_ids(prompts, texts, settings)
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
-    def end_ids(self) -> list[int]:
-        """Ids that end an answer."""
-        return sorted({self.special.eos, self.special.newline})
-
     def generation_config(self, settings: Generation, **more: Any) -> GenerationConfig:
         """transformers' settings for ours."""
         config = GenerationConfig(
             do_sample=False, num_beams=settings.num_beams, max_new_tokens=settings.max_new_tokens,
             min_new_tokens=settings.min_new_tokens or None, length_penalty=settings.length_penalty if settings.num_beams > 1 else None,
-            pad_token_id=self.special.pad, eos_token_id=self.end_ids(), use_cache=True, **more,
+            pad_token_id=self.special.pad, eos_token_id=self.ends, use_cache=True, **more,
         )  # fmt: skip
         return config
 

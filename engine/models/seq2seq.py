@@ -34,7 +34,8 @@ class Seq2SeqLanguageModel(LanguageModel):
         if self.start is None:
             raise ModelError(f"llm: expected decoder_start_token_id in the config of {path!r}, got none; set it")
         pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-        self.starts_word = np.array([str(piece).startswith(WORD_MARK) for piece in pieces])
+        marked = np.array([str(piece).startswith(WORD_MARK) for piece in pieces])
+        self.starts_word = marked if marked.any() else ~marked  # a vocabulary of whole words has no marks
 
     def hidden_states(self, inputs: Tensor, mask: Tensor, decoder_ids: Tensor) -> Tensor:
         """inputs (P, Q + E, W), mask (P, Q + E) bool, decoder_ids (P, D) -> (P, D, W): what the head takes."""

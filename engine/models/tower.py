@@ -22,7 +22,12 @@ CLIP_NORM = PixelNorm(CLIP_MEAN, CLIP_STD)
 
 
 class VisionTower(nn.Module):
-    """A frozen tower in eval mode; `features` never builds a graph."""
+    """A frozen tower in eval mode; `features` never builds a graph.
+
+    layer_norm_eps: that of a stored BLIP-2, whose one value transformers uses for `post_layernorm` too; None elsewhere.
+    """
+
+    layer_norm_eps: float | None = None
 
     def __init__(self, module: nn.Module, width: int, tokens: int, image_size: int, norm: PixelNorm, path: str):
         super().__init__()

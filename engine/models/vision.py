@@ -144,7 +144,9 @@ def _mobilenet_tower(module: nn.Module, settings: Vision) -> VisionTower:
 
 def _eva_tower(module: nn.Module, config: Blip2VisionConfig, path: str, norm: PixelNorm) -> VisionTower:
     tokens = 1 + (config.image_size // config.patch_size) ** 2
-    return VisionTower(module, config.hidden_size, tokens, config.image_size, norm, path)
+    tower = VisionTower(module, config.hidden_size, tokens, config.image_size, norm, path)
+    tower.layer_norm_eps = config.layer_norm_eps
+    return tower
 
 
 def _eva_config(settings: Vision, meta: bool) -> Blip2VisionConfig:

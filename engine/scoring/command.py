@@ -147,19 +147,19 @@ def _score_captions(
         settings["java_metrics"] = java_setting()
     result: dict[str, Any] = {"count": len(candidates), "counted": "images", "settings": settings}
     if task == "caption":
-        return {"metrics": _caption_metrics(references, candidates, metrics), **result}
+        return {"metrics": caption_metrics(references, candidates, metrics), **result}
     groups = {"overall": list(candidates)}
     groups |= {domain: [image for image in candidates if domains[image] == domain] for domain in DOMAINS}
     settings["document_frequency"] = "references of the scored images; of its own images for each domain"
     by_group = {
-        name: _caption_metrics({i: references[i] for i in images}, {i: candidates[i] for i in images}, metrics)
+        name: caption_metrics({i: references[i] for i in images}, {i: candidates[i] for i in images}, metrics)
         for name, images in groups.items()
         if images
     }
     return {"metrics": by_group, **result, "domain_counts": {domain: len(groups[domain]) for domain in DOMAINS}}
 
 
-def _caption_metrics(
+def caption_metrics(
     references: Mapping[Id, Sequence[str]], candidates: Mapping[Id, str], metrics: Sequence[str]
 ) -> dict[str, float]:
     """Metrics of token strings, in the order asked for."""

@@ -1,4 +1,4 @@
-"""The exact merge of word converter and source projector into the target's projector (arXiv 2305.01278, section 4; REFERENCE.md section 2)."""
+"""The exact merge of word converter and source projector into the target's projector (arXiv 2305.01278, section 4)."""
 
 from __future__ import annotations
 

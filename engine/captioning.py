@@ -1,0 +1,93 @@
+"""`vpgtrans caption MODEL IMAGE...`: captions or answers for image files, by a run, an export or any Hugging Face BLIP-2."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .data.images import check_image
+from .data.reading import DataError
+from .models.opening import Opened, open_model
+from .recipe import Generation
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Caption, print a line an image or one JSON object; returns 0.  DataError for an image that cannot be read, before anything is loaded."""
+    images = find_images(options.images)
+    settings = generation_of(options)
+    opened = open_model(options.model, device_of(options.device))
+    results = list(captions(opened, images, settings, options.prompt, options.batch_images))
+    if options.json:
+        shown = {
+            "model": str(options.model),
+            "prompt": options.prompt,
+            "generation": settings.model_dump(),
+            "captions": results,
+        }
+        print(json.dumps(shown, indent=1))
+    else:
+        for result in results:
+            print(f"{result['image']}: {result['caption']}")
+    return 0
+
+
+def generation_of(options: argparse.Namespace) -> Generation:
+    """The generation settings of a command line; ValueError (of pydantic) for values out of range."""
+    return Generation(
+        num_beams=options.num_beams, max_new_tokens=options.max_new_tokens, min_new_tokens=options.min_new_tokens,
+        length_penalty=options.length_penalty, beam_score=options.beam_score,
+    )  # fmt: skip
+
+
+def device_of(name: str) -> str:
+    """`auto` is the GPU where there is one."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def captions(
+    opened: Opened, images: Sequence[Path], settings: Generation, prompt: str = "", batch: int = 16
+) -> Iterator[dict[str, Any]]:
+    """{image, caption, token_ids} for each image; `prompt` is the text after the visual tokens, the same for all."""
+    llm = opened.model.llm
+    for at in range(0, len(images), batch):
+        chosen = images[at : at + batch]
+        ids = llm.generate_ids(opened.soft_prompts(list(chosen)), [prompt] * len(chosen), settings)
+        texts = llm.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        for image, row, text in zip(chosen, ids.tolist(), texts, strict=True):
+            yield {"image": str(image), "caption": text.strip(), "token_ids": trimmed(row, llm.ends)}
+
+
+def trimmed(ids: list[int], ends: Sequence[int]) -> list[int]:
+    """Up to and with the first end token."""
+    for place, token in enumerate(ids):
+        if token in ends:
+            return ids[: place + 1]
+    return ids
+
+
+def find_images(given: Sequence[str]) -> list[Path]:
+    """Files, and the image files of folders in order of name; DataError naming what is missing or no image."""
+    found: list[Path] = []
+    for name in given:
+        path = Path(name)
+        if path.is_dir():
+            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+            if not inside:
+                raise DataError(
+                    f"images: expected image files in the folder {path}, found none ({', '.join(IMAGE_SUFFIXES)})"
+                )
+            found += inside
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise DataError(f"images: expected an image file or a folder of images, found nothing at {path}")
+    for path in found:
+        check_image(path)
+    return found

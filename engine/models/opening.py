@@ -1,0 +1,129 @@
+"""Open a finished vision-language model for use: a run, an export, or any Hugging Face BLIP-2 folder or hub id."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, Blip2ForConditionalGeneration, GenerationConfig
+from transformers.utils.logging import disable_progress_bar
+
+from ..checkpoint import CheckpointError
+from ..data.images import load_pixels, normalise
+from ..recipe import Vision
+from .llm import LanguageModel, ModelError, attention_of, load_language_model, wrap
+from .sources import SourceInfo, describe_source, read_source
+from .tower import VisionTower
+from .vision import load_tower
+from .vlm import VisionLanguageModel
+from .vpg import VPG, read_parts
+
+
+@dataclass
+class Opened:
+    """A model in eval mode on its device, its tower, and where both came from."""
+
+    path: str
+    name: str
+    model: VisionLanguageModel
+    tower: VisionTower
+    weights: Path  # the folder whose safetensors files are the model, for its hash
+    run: dict[str, Any] | None  # vl_config.json of a run
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.projector.weight.device
+
+    @torch.no_grad()
+    def soft_prompts(self, images: list[Path]) -> Tensor:
+        """Image files -> (images, queries, LLM width), with the eval transform."""
+        side, norm = self.tower.image_size, self.tower.norm
+        pixels = normalise(torch.stack([load_pixels(image, side) for image in images]), norm.mean, norm.std)
+        first = next(self.tower.parameters())
+        features = self.tower.features(pixels.to(first.device, first.dtype))
+        return self.model.soft_prompts(features.to(self.model.projector.weight.dtype))
+
+
+def open_model(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Opened:
+    """The model at `path`, whole, in eval mode; `dtype` is that of the language model and the tower.
+
+    A Hugging Face folder keeps its own LayerNorm eps and its own end tokens, so that it gives what transformers gives.
+    Raises CheckpointError or ModelError when it is no vision-language model, or a part of it is missing.
+    """
+    info = describe_source(path)
+    if info.format == "lavis":
+        raise CheckpointError(
+            f"{path}: expected a run, an export or a Hugging Face BLIP-2, got a LAVIS checkpoint, which has no language model; "
+            "train from it as source.vlm, or export a run"
+        )
+    opened = _open_run(Path(path), info) if info.format == "run" else _open_hugging_face(str(path), info, dtype)
+    opened.model.llm.to(device, dtype)
+    opened.tower.to(device, dtype)
+    opened.model.vpg.to(device)
+    opened.model.projector.to(device)
+    opened.model.requires_grad_(False).eval()
+    return opened
+
+
+def _open_run(path: Path, info: SourceInfo) -> Opened:
+    config, _ = read_parts(path)
+    folder = path if (path / "vl_config.json").is_file() else path / "model"
+    if info.llm is None or info.projector_shape is None:
+        raise CheckpointError(
+            f"{path}: expected a finished vision-language run, got a VPG without a language model; name a run"
+        )
+    tower = load_tower(Vision.model_validate(config["vision"]))
+    llm = load_language_model(info.llm)
+    name = str(config.get("recipe") or path.name)
+    return Opened(str(path), name, _assemble(path, info, tower.width, llm), tower, folder, config)
+
+
+def _assemble(path: Path | str, info: SourceInfo, width: int, llm: LanguageModel) -> VisionLanguageModel:
+    parts, _ = read_source(path, ("vpg", "projector"))
+    assert info.qformer is not None and info.projector_shape is not None  # read_source has found both
+    vpg = VPG(info.qformer, width)
+    vpg.load_state_dict(parts["vpg"])
+    projector = nn.Linear(info.projector_shape[1], info.projector_shape[0])
+    if projector.out_features != llm.hidden_width:
+        raise CheckpointError(
+            f"{path}: expected a projector to width {llm.hidden_width} of {llm.path!r}, found one to {projector.out_features}; "
+            "the language model is not the one that it was trained with"
+        )
+    projector.load_state_dict(parts["projector"])
+    return VisionLanguageModel(vpg, projector, llm)
+
+
+def _open_hugging_face(path: str, info: SourceInfo, dtype: torch.dtype) -> Opened:
+    tower = load_tower(Vision.model_validate({"kind": "eva_vit", "path": path}))
+    if info.llm_inside:
+        try:
+            disable_progress_bar()
+            whole = Blip2ForConditionalGeneration.from_pretrained(path, dtype=dtype)
+            tokenizer = AutoTokenizer.from_pretrained(path)
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError(f"{path}: expected a BLIP-2 folder or hub id that transformers loads: {error}") from error
+        llm = wrap(whole.language_model, tokenizer, path)
+        llm.model.set_attn_implementation(attention_of(llm.model.config))
+        _keep_end_tokens(llm, path)
+    elif info.llm:
+        llm = load_language_model(info.llm, dtype)
+    else:
+        raise CheckpointError(
+            f"{path}: expected a language model inside, or the name of one in text_config, found neither"
+        )
+    model = _assemble(path, info, tower.width, llm)
+    model.vpg.ln_vision.eps = tower.layer_norm_eps or model.vpg.ln_vision.eps
+    return Opened(path, Path(path).name, model, tower, info.files[0].parent, None)
+
+
+def _keep_end_tokens(llm: LanguageModel, path: str) -> None:
+    """The end tokens of the folder's generation_config.json, where it has any."""
+    try:
+        ends = GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError:
+        return
+    if ends is not None:
+        llm.ends = sorted(ends) if isinstance(ends, list) else [ends]

@@ -58,11 +58,8 @@ class CaptionData:
 
 def tokenize(captions: CaptionSet, llm: LanguageModel, max_tokens: int) -> CaptionData:
     """Token ids of every caption, made once."""
-    return CaptionData(
-        captions.name,
-        captions.records,
-        [[llm.caption_ids(c, max_tokens) for c in r.captions] for r in captions.records],
-    )
+    ids = iter(llm.all_caption_ids([c for r in captions.records for c in r.captions], max_tokens))
+    return CaptionData(captions.name, captions.records, [[next(ids) for _ in r.captions] for r in captions.records])
 
 
 def join(sets: Sequence[CaptionData]) -> CaptionData:

@@ -62,9 +62,9 @@ class CausalLanguageModel(LanguageModel):
         softcap = getattr(self.model.config, "final_logit_softcapping", None)
         return torch.tanh(logits / softcap) * softcap if softcap else logits
 
-    def caption_ids(self, caption: str, max_tokens: int) -> list[int]:
+    def framed(self, ids: list[int], max_tokens: int) -> list[int]:
         """`[bos] caption [newline]`; a caption over `max_tokens` (BOS included, newline not) is cut, as in the authors' code."""
-        return [self.special.bos, *self.text_ids(caption)[: max_tokens - 1], self.special.newline]
+        return [self.special.bos, *ids[: max_tokens - 1], self.special.newline]
 
     def pack(
         self, groups: list[Group], data: CaptionData, queries: int, *, row_tokens: int, rows_per_batch: int, fixed_shape: bool = False,

@@ -50,9 +50,9 @@ class Seq2SeqLanguageModel(LanguageModel):
         scaled = hidden * config.d_model**-0.5 if getattr(config, "scale_decoder_outputs", False) else hidden
         return self.model.get_output_embeddings()(scaled)
 
-    def caption_ids(self, caption: str, max_tokens: int) -> list[int]:
+    def framed(self, ids: list[int], max_tokens: int) -> list[int]:
         """The caption's pieces, cut to `max_tokens` with `</s>`, which `pack` adds to both halves."""
-        return self.text_ids(caption)[: max_tokens - 1]
+        return ids[: max_tokens - 1]
 
     def pack(
         self, groups: list[Group], data: CaptionData, queries: int, *, row_tokens: int, rows_per_batch: int, fixed_shape: bool = False,

@@ -47,9 +47,10 @@ def main(recipe: LMRecipe) -> dict[str, float]:
     tokenizer = _tokenizer(
         recipe, [c for captions in texts for c in captions] + [q for asked in questions for q in asked]
     )
+    caption_ids, question_ids = iter(_all_ids(tokenizer, texts)), iter(_all_ids(tokenizer, questions))
     scenes = [
         SceneText(
-            [_ids(tokenizer, c)[: recipe.data.max_text_tokens] for c in captions], [_ids(tokenizer, q) for q in asked]
+            [next(caption_ids)[: recipe.data.max_text_tokens] for _ in captions], [next(question_ids) for _ in asked]
         )
         for captions, asked in zip(texts, questions, strict=True)
     ]
@@ -179,5 +180,7 @@ def _tokenizer(recipe: LMRecipe, corpus: list[str]) -> PreTrainedTokenizerBase:
     return trimmed
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+def _all_ids(tokenizer: PreTrainedTokenizerBase, texts: list[list[str]]) -> list[list[int]]:
+    """Ids of every text, in order, tokenised in one call."""
+    flat = [text for several in texts for text in several]
+    return tokenizer(flat, add_special_tokens=False)["input_ids"] if flat else []

@@ -39,13 +39,14 @@ def load_pairs(recipe: VisionRecipe | VPGRecipe) -> Pairs:
         tokenizer = load_tokenizer(recipe.tokenizer)
     special = special_tokens(tokenizer)
 
-    def ids(caption: str) -> list[int]:
-        text = tokenizer(caption, add_special_tokens=False)["input_ids"]
-        return [special.bos, *text[: data.max_text_tokens - 1], special.newline]
-
-    tokenised = [
-        CaptionData(s.name, s.records, [[ids(c) for c in r.captions] for r in s.records]) for s in [*sets, val]
-    ]
+    tokenised = []
+    for part in (*sets, val):
+        texts = iter(tokenizer([c for r in part.records for c in r.captions], add_special_tokens=False)["input_ids"])
+        framed = [
+            [[special.bos, *next(texts)[: data.max_text_tokens - 1], special.newline] for _ in r.captions]
+            for r in part.records
+        ]
+        tokenised.append(CaptionData(part.name, part.records, framed))
     return Pairs(join(tokenised[:-1]), tokenised[-1], tokenizer, special)
 
 

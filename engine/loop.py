@@ -6,9 +6,10 @@ global target count -> sum over ranks -> clip -> finite check on the device -> A
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from .data.coco import read_image_data, read_questions
 from .data.conversation import tokenize_entry
 from .data.features import FeatureSource, open_features
 from .data.packing import Batch, CaptionData, Group, Position, Subset, UpdateOrder, join
+from .data.stream import Update, UpdateStream
 from .diagnostics import Watch
 from .evaluation import Validator
 from .models.vision import load_tower
@@ -238,7 +240,7 @@ def _train_stage(this: Run, index: int, checkpoint: Path | None) -> None:
     _loop(this, index, stage, order, optimizer, tensors, total)
     log.end_progress()
     progress.stage_done = True
-    _save(this, order, optimizer)
+    _save(this, optimizer)
     progress.stage, progress.stage_done = index + 1, False
 
 
@@ -276,65 +278,79 @@ def _loop(
     next_eval = _next(progress.stage_pairs, stage.eval_every_pairs)
     next_save = _next(progress.stage_pairs, recipe.output.checkpoint_every_pairs)
     started = time.perf_counter()
-    while progress.stage_pairs < total:
-        groups = order.next_update(min(stage.batch_pairs, total - progress.stage_pairs))
-        batches = this.model.pack(
+    stream = UpdateStream(
+        order, _lengths(progress.stage_pairs, total, stage.batch_pairs),
+        lambda groups: this.model.pack(
             groups, this.data, recipe.data, fixed_shape=runtime.device.type == "cuda", split_seed=recipe.seed
-        )
-        rate = learning_rate(
-            progress.stage_pairs, total, stage.learning_rate, schedule=stage.schedule, minimum=stage.min_learning_rate,
-            warmup=stage.warmup_pairs, warmup_start=stage.warmup_learning_rate,
-        )  # fmt: skip
-        set_learning_rate(optimizer, rate)
-        loss = _accumulate(this, batches, parameters)
-        norm = clip_(parameters, stage.optimizer.clip_norm)
-        bad = 1.0 - torch.isfinite(norm + loss).float()
-        optimizer.found_inf, optimizer.grad_scale = (
-            bad,
-            None,
-        )  # a fused AdamW leaves everything as it is where this is 1
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        skipped_in_a_row = (skipped_in_a_row + 1) * bad
-        finite_loss = torch.nan_to_num(loss.double(), 0.0, 0.0, 0.0)
-        losses += torch.stack([finite_loss * (1 - bad), 1 - bad.double(), bad.double()])
-        pairs = sum(len(g.captions) for g in groups)
-        progress.stage_pairs += pairs
-        progress.pairs += pairs
-        progress.step += 1
-        is_last = progress.stage_pairs >= total
-        if is_last or progress.step % recipe.output.log_every_updates == 0:  # the only place that waits for the device
-            progress.seconds += time.perf_counter() - started
-            started = time.perf_counter()
-            _log_train(this, index, stage, losses, norm, skipped_in_a_row, rate, total)
-        if is_last or progress.stage_pairs >= next_eval:
-            progress.seconds += time.perf_counter() - started
-            enough = _evaluate(this, index, stage)
-            next_eval = _next(progress.stage_pairs, stage.eval_every_pairs)
-            started = time.perf_counter()
-            if enough:
-                this.log.say(
-                    f"{stage.name}: {stage.patience} evaluations without a better {recipe.evaluation.select}; the stage ends here"
-                )
-                break
-        if not is_last and progress.stage_pairs >= next_save:
-            progress.seconds += time.perf_counter() - started
-            _save(this, order, optimizer)
-            next_save = _next(progress.stage_pairs, recipe.output.checkpoint_every_pairs)
-            started = time.perf_counter()
+        ),
+        this.features, rank=runtime.rank, world_size=runtime.world_size, depth=recipe.data.prefetch_batches,
+    )  # fmt: skip
+    with contextlib.closing(stream):
+        for update, batches in stream:
+            rate = learning_rate(
+                progress.stage_pairs, total, stage.learning_rate, schedule=stage.schedule, minimum=stage.min_learning_rate,
+                warmup=stage.warmup_pairs, warmup_start=stage.warmup_learning_rate,
+            )  # fmt: skip
+            set_learning_rate(optimizer, rate)
+            loss = _accumulate(this, update, batches, parameters)
+            norm = clip_(parameters, stage.optimizer.clip_norm)
+            bad = 1.0 - torch.isfinite(norm + loss).float()
+            optimizer.found_inf, optimizer.grad_scale = (
+                bad,
+                None,
+            )  # a fused AdamW leaves everything as it is where this is 1
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            skipped_in_a_row = (skipped_in_a_row + 1) * bad
+            finite_loss = torch.nan_to_num(loss.double(), 0.0, 0.0, 0.0)
+            losses += torch.stack([finite_loss * (1 - bad), 1 - bad.double(), bad.double()])
+            progress.stage_pairs += update.pairs
+            progress.pairs += update.pairs
+            progress.step += 1
+            progress.position = update.position
+            is_last = progress.stage_pairs >= total
+            if (
+                is_last or progress.step % recipe.output.log_every_updates == 0
+            ):  # the only place that waits for the device
+                progress.seconds += time.perf_counter() - started
+                started = time.perf_counter()
+                _log_train(this, index, stage, losses, norm, skipped_in_a_row, rate, total)
+            if is_last or progress.stage_pairs >= next_eval:
+                progress.seconds += time.perf_counter() - started
+                enough = _evaluate(this, index, stage)
+                next_eval = _next(progress.stage_pairs, stage.eval_every_pairs)
+                started = time.perf_counter()
+                if enough:
+                    this.log.say(
+                        f"{stage.name}: {stage.patience} evaluations without a better {recipe.evaluation.select}; the stage ends here"
+                    )
+                    break
+            if not is_last and progress.stage_pairs >= next_save:
+                progress.seconds += time.perf_counter() - started
+                _save(this, optimizer)
+                next_save = _next(progress.stage_pairs, recipe.output.checkpoint_every_pairs)
+                started = time.perf_counter()
 
 
-def _accumulate(this: Run, batches: Sequence[Batch], parameters: list[Tensor]) -> Tensor:
+def _lengths(done: int, total: int, batch_pairs: int) -> Iterator[int]:
+    """Pairs of each update to come; the last is shorter where the stage's length asks for it."""
+    while done < total:
+        yield min(batch_pairs, total - done)
+        done += min(batch_pairs, total - done)
+
+
+def _accumulate(this: Run, update: Update, batches: Iterator[tuple[Batch, Tensor]], parameters: list[Tensor]) -> Tensor:
     """Gradients of the mean loss of the whole update; returns that mean.  Every rank plans the same update and computes its share.
 
     The mean is over the tokens of the update, or, with `loss_mean: micro_batch`, over its micro-batches' token means.
     """
-    targets = sum(b.target_count for b in batches)
     total = torch.zeros((), device=this.runtime.device)
-    for batch in batches[this.runtime.rank :: this.runtime.world_size]:
-        features = this.features(batch.groups)
+    for batch, prepared in batches:
+        features = this.features.finish(prepared)
         with this.runtime.autocast():
-            count = batch.target_count * len(batches) if this.recipe.loss_mean == "micro_batch" else targets
+            count = (
+                batch.target_count * update.batch_count if this.recipe.loss_mean == "micro_batch" else update.targets
+            )
             loss = this.model.loss_sum(features, batch.to(this.runtime.device)) / count
         loss.backward()
         total += loss.detach()
@@ -406,8 +422,7 @@ def _evaluate(this: Run, index: int, stage: Stage) -> bool:
     return stage.patience is not None and progress.stale_evals >= stage.patience
 
 
-def _save(this: Run, order: UpdateOrder, optimizer) -> None:
-    this.progress.position = asdict(order.position)
+def _save(this: Run, optimizer) -> None:
     watch = this.watch
     this.progress.watch = {
         "first_loss": watch.first_loss, "warm_up_end": watch.warm_up_end, "diverged": watch.diverged, "regressed": watch.regressed

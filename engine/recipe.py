@@ -85,13 +85,13 @@ class ImageData(_Section):
 
     name: str = Field("train", pattern=r"^[A-Za-z0-9_.-]+$")
     captions: Annotated[Path | str, BeforeValidator(_resolve_pattern)] = Field(
-        description="the caption file; a tar, a folder of tars or a pattern (laion_coco); the alignment folder (minigpt4)"
+        description="the caption file; a tar, a folder of tars or a pattern (laion_coco); the alignment folder (minigpt4); the folder of a packed set"
     )
     images: RecipePath | None = Field(
-        None, description="folder that image names start at; none for tars, and for minigpt4's own `image`"
+        None, description="folder that image names start at; none for tars and packed sets, and for minigpt4's own `image`"
     )
-    format: Literal["auto", "coco", "karpathy", "visual_genome", "sbu", "laion_coco", "nocaps", "minigpt4"] = Field(
-        "auto", description="auto: recognised by the file's shape"
+    format: Literal["auto", "coco", "karpathy", "visual_genome", "sbu", "laion_coco", "nocaps", "minigpt4", "pack"] = (
+        Field("auto", description="auto: recognised by the file's shape; pack: what vpgtrans pack has written")
     )
     split: Literal["train", "val", "test"] | None = Field(
         None, description="of Karpathy's own file, which holds all three; train includes restval"
@@ -134,7 +134,9 @@ class ImageData(_Section):
     @model_validator(mode="after")
     def _has_images(self) -> ImageData:
         is_json = isinstance(self.captions, Path) and self.captions.name.removesuffix(".gz").endswith(".json")
-        own_folder = self.format in ("minigpt4", "laion_coco") or Path(self.captions).name == "filter_cap.json"
+        own_folder = (
+            self.format in ("minigpt4", "laion_coco", "pack") or Path(self.captions).name == "filter_cap.json"
+        )
         if self.images is None and is_json and not own_folder:
             raise ValueError(f"images: expected the folder of images that {self.captions} names, got nothing")
         return self
@@ -150,6 +152,10 @@ class TransferData(_Section):
     transform: Literal["train", "eval"] = "train"
     views: Positive = Field(
         1, description="stored augmented views an image when the vision cache is on and transform is 'train'"
+    )
+    prefetch_batches: NonNegative = Field(
+        4,
+        description="micro-batches packed and decoded ahead by a thread; 0 for none; what is trained does not depend on it",
     )
     vision_cache: bool = Field(
         False, description="compute the frozen tower once an image (and view) and memory-map its outputs"

@@ -347,3 +347,15 @@ def test_an_encoder_decoder_trains_with_the_same_loop(tiny_recipe, tiny_world, t
     assert main([str(tiny_recipe), *settings, f"output.folder={tmp_path / 'resumed'}"]) == 0
     ends = [load_file(tmp_path / name / "last" / "model.safetensors") for name in ("whole", "resumed")]
     assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])
+
+
+def test_the_loss_of_the_first_validation_images(tiny_recipe, tmp_path):
+    """`evaluation.loss_images` gives the loss that a validation set cut to as many images has, and still captions all of them."""
+    from vpgtrans.engine.train import main
+
+    short = ["stages.0.pairs=11", "stages.1.pairs=11", "data.transform=eval"]
+    for name, setting in (("few", "evaluation.loss_images=2"), ("cut", "data.val.limit=2"), ("all", "evaluation.samples=1")):
+        assert main([str(tiny_recipe), *short, setting, f"output.folder={tmp_path / name}"]) == 0
+    losses = {name: [e["val_loss"] for e in events(tmp_path / name, "eval")] for name in ("few", "cut", "all")}
+    assert losses["few"] == losses["cut"] != losses["all"]
+    assert [len(json.loads((tmp_path / n / "captions.json").read_text())) for n in ("few", "cut", "all")] == [4, 2, 4]

@@ -28,11 +28,19 @@ BUILD_BATCH = 32
 
 
 class FeatureSource(Protocol):
-    def __call__(self, groups: list[Group]) -> Tensor:
+    """Features of groups in two steps, so that the first can run ahead: `source(groups)` does both."""
+
+    def prepare(self, groups: list[Group]) -> Tensor:
+        """What the host has to do: decoded pixels, or rows of a cache; page-locked where the device is a GPU."""
+
+    def finish(self, prepared: Tensor) -> Tensor:
         """-> (groups, tokens, width) on the compute device."""
 
+    def __call__(self, groups: list[Group]) -> Tensor:
+        return self.finish(self.prepare(groups))
 
-class LiveFeatures:
+
+class LiveFeatures(FeatureSource):
     """Decodes, transforms and encodes the images of each batch."""
 
     def __init__(
@@ -43,8 +51,11 @@ class LiveFeatures:
         self._dtype = next(tower.parameters()).dtype
         self._pool = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1), thread_name_prefix="decode")
 
-    def __call__(self, groups: list[Group]) -> Tensor:
-        pixels = torch.stack(list(self._pool.map(self._pixels, groups))).to(self.runtime.device, non_blocking=True)
+    def prepare(self, groups: list[Group]) -> Tensor:
+        return _pinned(torch.stack(list(self._pool.map(self._pixels, groups))), self.runtime.device)
+
+    def finish(self, prepared: Tensor) -> Tensor:
+        pixels = prepared.to(self.runtime.device, non_blocking=True)
         images = normalise(pixels, self.tower.norm.mean, self.tower.norm.std).to(self._dtype)
         with self.runtime.autocast():
             return self.tower.features(images)
@@ -56,7 +67,7 @@ class LiveFeatures:
         return load_pixels(record.path, self.tower.image_size, rng)
 
 
-class CachedFeatures:
+class CachedFeatures(FeatureSource):
     """Reads views from a vision cache; `build_cache` makes it."""
 
     def __init__(self, path: Path, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device):
@@ -65,10 +76,17 @@ class CachedFeatures:
         self.table = torch.from_file(str(path), shared=False, size=count, dtype=dtype).view(shape)
         self.device = device
 
-    def __call__(self, groups: list[Group]) -> Tensor:
+    def prepare(self, groups: list[Group]) -> Tensor:
         views = torch.tensor([g.epoch % self.views for g in groups])
         images = torch.tensor([g.image for g in groups])
-        return self.table[views, images].to(self.device, non_blocking=True)
+        return _pinned(self.table[views, images], self.device)
+
+    def finish(self, prepared: Tensor) -> Tensor:
+        return prepared.to(self.device, non_blocking=True)
+
+
+def _pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
 def open_features(

@@ -1,0 +1,88 @@
+"""Updates ahead of time: the same as in line, bounded, and gone when told to stop."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import torch
+
+from vpgtrans.engine.data.packing import CaptionData, Position, Subset, UpdateOrder, pack_update
+from vpgtrans.engine.data.stream import UpdateStream
+
+DATA = CaptionData("x", [None] * 9, [[[1, 5 + i, 2, 3][: 2 + k] for k in range(1 + i % 3)] for i in range(9)])
+LENGTHS = [5, 5, 5, 5, 2]
+
+
+class Features:
+    """Prepares the image numbers of a micro-batch; counts what it was asked for."""
+
+    def __init__(self, fails_at: int | None = None):
+        self.prepared, self.fails_at = 0, fails_at
+
+    def prepare(self, groups) -> torch.Tensor:
+        self.prepared += 1
+        if self.prepared == self.fails_at:
+            raise OSError("the disk is gone")
+        return torch.tensor([g.image for g in groups])
+
+
+def stream(features=None, position: Position | None = None, lengths=LENGTHS, **settings) -> UpdateStream:
+    order = UpdateOrder([len(i) for i in DATA.ids], [Subset(0, 9)], 5, seed=3, position=position)
+    return UpdateStream(
+        order, iter(lengths), lambda groups: pack_update(groups, DATA, 2, 8, 1, 0), features or Features(), **settings
+    )
+
+
+def consumed(stream_: UpdateStream) -> list:
+    return [
+        (u.pairs, u.targets, u.batch_count, u.position, [(b.ids.tolist(), p.tolist()) for b, p in batches])
+        for u, batches in stream_
+    ]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 50])
+def test_ahead_is_as_in_line(depth):
+    inline = consumed(stream(depth=0))
+    assert [u[0] for u in inline] == LENGTHS and all(len(u[4]) == u[2] > 1 for u in inline)
+    assert consumed(stream(depth=depth)) == inline
+
+
+@pytest.mark.parametrize("depth", [0, 4])
+def test_a_position_goes_on_where_its_update_ended(depth):
+    """However far ahead the thread was, a stream from update k's position gives update k + 1 and what follows."""
+    whole = consumed(stream(depth=depth))
+    for k in range(4):
+        assert (
+            consumed(stream(position=Position(**whole[k][3]), lengths=LENGTHS[k + 1 :], depth=depth)) == whole[k + 1 :]
+        )
+
+
+def test_ranks_share_the_micro_batches():
+    whole, shares = consumed(stream(depth=0)), [consumed(stream(rank=r, world_size=2)) for r in (0, 1)]
+    for update, first, second in zip(whole, *shares, strict=True):
+        assert first[:4] == second[:4] == update[:4]
+        assert first[4] == update[4][0::2] and second[4] == update[4][1::2]
+
+
+def test_what_a_consumer_leaves_is_skipped():
+    firsts = [(u.position, next(batches)[1].tolist()) for u, batches in stream()]
+    assert firsts == [(u[3], u[4][0][1]) for u in consumed(stream(depth=0))]
+
+
+def test_it_waits_when_it_is_far_enough_ahead():
+    features = Features()
+    ahead = stream(features, depth=3, lengths=[5] * 1000)
+    _, batches = next(iter(ahead))
+    next(batches)
+    time.sleep(0.3)
+    assert features.prepared <= 1 + 3 + 1  # taken, waiting, and the one in its hands
+    ahead.close()
+    assert not any(t.name == "update-stream" for t in threading.enumerate())
+
+
+@pytest.mark.parametrize("depth", [0, 4])
+def test_an_error_in_the_thread_reaches_the_loop(depth):
+    with pytest.raises(OSError, match="the disk is gone"):
+        consumed(stream(Features(fails_at=4), depth=depth))

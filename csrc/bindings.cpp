@@ -7,6 +7,11 @@
 #include <string>
 
 #include "row_packing.h"
+#if VPGTRANS_JPEG
+#include "image_decode.h"
+#include "resample.h"
+#include "worker_pool.h"
+#endif
 
 namespace py = pybind11;
 
@@ -28,12 +33,65 @@ py::array_t<std::int32_t> pack_rows(const py::array_t<Length, py::array::c_style
   return row_of_item;
 }
 
+#if VPGTRANS_JPEG
+
+template <typename Element>
+using Array = py::array_t<Element, py::array::c_style>;
+
+// Decodes image i of `byte_counts[i]` bytes at `addresses[i]` to `target` + i * size * size * 3 elements, and returns
+// the codes. `value_table` has no elements where the output is uint8.
+py::array_t<std::int32_t> decode_images(const Array<std::uint64_t>& addresses, const Array<std::uint64_t>& byte_counts,
+                                        const Array<std::int32_t>& boxes, const Array<bool>& flips, int size,
+                                        std::uint64_t target, int element_bytes, const Array<std::uint8_t>& value_table,
+                                        std::int64_t max_pixels, int threads, bool fast,
+                                        bool tall_down_first, bool vector) {
+  const py::ssize_t count = addresses.size();
+  if (byte_counts.size() != count || flips.size() != count || boxes.size() != 4 * count)
+    throw std::invalid_argument("decode_images: addresses, byte_counts, boxes and flips differ in their number");
+  if (size < 1 || size > vpgtrans::kMaxOutputSize)
+    throw std::invalid_argument("decode_images: size is " + std::to_string(size) + ", expected 1.." +
+                                std::to_string(vpgtrans::kMaxOutputSize));
+  const bool has_table = element_bytes == 2 || element_bytes == 4;
+  if ((!has_table && element_bytes != 1) || value_table.size() != (has_table ? 3 * 256 * element_bytes : 0))
+    throw std::invalid_argument("decode_images: value_table has " + std::to_string(value_table.size()) +
+                                " bytes, which do not fit elements of " + std::to_string(element_bytes));
+  const vpgtrans::DecodeOptions options{
+      size, element_bytes, has_table ? value_table.data() : nullptr, max_pixels, fast,
+      tall_down_first, vector && vpgtrans::has_vector_code()};
+  py::array_t<std::int32_t> codes(count);
+  std::int32_t* code = codes.mutable_data();
+  const std::uint64_t* address = addresses.data();
+  const std::uint64_t* byte_count = byte_counts.data();
+  const std::int32_t* box = boxes.data();
+  const bool* flip = flips.data();
+  const std::uint64_t image_bytes = 3 * static_cast<std::uint64_t>(size) * size * element_bytes;
+  {
+    py::gil_scoped_release release;
+    vpgtrans::for_each_item(static_cast<std::size_t>(count), threads, [=, &options](std::size_t i) {
+      const vpgtrans::DecodeRequest request{reinterpret_cast<const std::uint8_t*>(address[i]),
+                                            static_cast<std::size_t>(byte_count[i]),
+                                            box[4 * i], box[4 * i + 1], box[4 * i + 2], box[4 * i + 3], flip[i]};
+      code[i] = static_cast<std::int32_t>(
+          vpgtrans::decode_image(request, options, reinterpret_cast<void*>(target + i * image_bytes)));
+    });
+  }
+  return codes;
+}
+
+#endif
+
 py::dict build_info() {
   py::dict info;
   info["version"] = VPGTRANS_VERSION;
   info["compiler"] = VPGTRANS_COMPILER;
   info["cxx_standard"] = static_cast<long>(__cplusplus);
   info["pybind11"] = PYBIND11_TOSTRING(PYBIND11_VERSION_MAJOR) "." PYBIND11_TOSTRING(PYBIND11_VERSION_MINOR);
+#if VPGTRANS_JPEG
+  info["libjpeg_turbo"] = vpgtrans::jpeg_version();
+  info["vector_code"] = vpgtrans::has_vector_code() ? "AVX2" : "none";
+#else
+  info["libjpeg_turbo"] = "absent at build time";
+#endif
   return info;
 }
 
@@ -44,5 +102,11 @@ PYBIND11_MODULE(_C, module) {
   // noconvert: another dtype is a TypeError here, never a silent copy with other values.
   module.def("pack_rows", &pack_rows<std::int32_t>, py::arg("lengths").noconvert(), py::arg("budget"));
   module.def("pack_rows", &pack_rows<std::int64_t>, py::arg("lengths").noconvert(), py::arg("budget"));
+#if VPGTRANS_JPEG
+  module.def("decode_images", &decode_images, py::arg("addresses").noconvert(), py::arg("byte_counts").noconvert(),
+             py::arg("boxes").noconvert(), py::arg("flips").noconvert(), py::arg("size"), py::arg("target"),
+             py::arg("element_bytes"), py::arg("value_table").noconvert(), py::arg("max_pixels"), py::arg("threads"),
+             py::arg("fast"), py::arg("tall_down_first"), py::arg("vector"));
+#endif
   module.def("build_info", &build_info, "Version, compiler, C++ standard and pybind11 this module was built with.");
 }

@@ -12,6 +12,7 @@ import torch
 
 from .data.images import check_image
 from .data.reading import DataError
+from .models.llm import ModelError
 from .models.opening import Opened, open_model
 from .recipe import Generation
 
@@ -22,7 +23,7 @@ def main(options: argparse.Namespace) -> int:
     """Caption, print a line an image or one JSON object; returns 0.  DataError for an image that cannot be read, before anything is loaded."""
     images = find_images(options.images)
     settings = generation_of(options)
-    opened = open_model(options.model, device_of(options.device))
+    opened = open_model(options.model, *placement(options.device, options.precision))
     results = list(captions(opened, images, settings, options.prompt, options.batch_images))
     if options.json:
         shown = {
@@ -46,9 +47,17 @@ def generation_of(options: argparse.Namespace) -> Generation:
     )  # fmt: skip
 
 
-def device_of(name: str) -> str:
-    """`auto` is the GPU where there is one."""
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+def placement(device: str, precision: str) -> tuple[str, torch.dtype]:
+    """Device and dtype of a command line; `auto` is the GPU where there is one, and bfloat16 there.
+
+    Raises ModelError when a GPU is asked for and there is none.
+    """
+    found = torch.cuda.is_available()
+    if device == "cuda" and not found:
+        raise ModelError("device: expected a CUDA device for 'cuda', torch sees none; use cpu or auto")
+    device = ("cuda" if found else "cpu") if device == "auto" else device
+    is_half = precision == "bf16" or (precision == "auto" and device == "cuda")
+    return device, torch.bfloat16 if is_half else torch.float32
 
 
 def captions(

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from .captioning import device_of
+from .captioning import placement
 from .data.conversation import END, answer_ids, conversation_fault, lead_ids, question_ids
 from .data.images import ImageRefused, check_image
 from .data.reading import DataError
@@ -204,7 +204,7 @@ def main(options: argparse.Namespace) -> int:
     settings = Generation(num_beams=options.num_beams, max_new_tokens=options.max_new_tokens, min_new_tokens=1)
     image = Path(options.image)
     check_image(image)
-    opened = open_model(options.model, device_of(options.device))
+    opened = open_model(options.model, *placement(options.device, options.precision))
     chat = Chat(opened, image, settings, options.temperature)
     if not options.prompt:
         return converse(chat)

@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     scenes.add_argument("--pixels", type=int, default=72)
     scenes.add_argument("--seed", type=int, default=0)
     scenes.set_defaults(run=_scenes)
+    _pack_command(commands)
     demo = commands.add_parser("demo", help="the whole transfer and its baselines on the miniature world")
     demo.add_argument("--out", default="runs/demo")
     demo.add_argument("--seeds", type=int, default=1)
@@ -86,13 +87,38 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _pack_command(commands) -> None:
+    pack = commands.add_parser("pack", help="captioned images into .beton shards (FFCV's format) that recipes train from")
+    pack.add_argument("source", help="caption file; tar, folder of tars or pattern")
+    pack.add_argument("out", help="folder for the shards, index.json and refused.json; the same command resumes")
+    pack.add_argument("--images", metavar="FOLDER", help="folder that image names start at; none for tars")
+    pack.add_argument(
+        "--format", default="auto",
+        choices=("auto", "coco", "karpathy", "visual_genome", "sbu", "laion_coco", "nocaps", "minigpt4"),
+    )  # fmt: skip
+    pack.add_argument("--split", choices=("train", "val", "test"), help="of Karpathy's own file")
+    pack.add_argument("--questions", metavar="Q.json", help="VQA questions of the same images")
+    pack.add_argument("--answers", metavar="A.json", help="their annotations")
+    pack.add_argument("--name", help="of the set and its shards; default: the source's")
+    pack.add_argument("--shard-images", type=int, default=10_000, metavar="N")
+    size = pack.add_mutually_exclusive_group()
+    size.add_argument("--max-side", type=int, metavar="N", help="shrink to at most N pixels on the longer side")
+    size.add_argument("--shorter-side", type=int, metavar="N", help="shrink to at most N pixels on the shorter side")
+    pack.add_argument("--raw", action="store_true", help="store pixels instead of JPEGs: quickest to read, 14 x the disk")
+    pack.add_argument("--page-mib", type=int, default=8, metavar="N", help="page of the format, the largest sample")
+    pack.add_argument("--jobs", type=int, metavar="N", help="threads; default: one a core")
+    pack.add_argument("--limit", type=int, metavar="N", help="only the first N images of the source")
+    pack.add_argument("--max-refused-share", type=float, default=0.5, help="more of the images refused is an error")
+    pack.set_defaults(run=_pack)
+
+
 def _model_commands(commands) -> None:
     """What is done with a finished model: caption, eval, export."""
     caption = commands.add_parser("caption", help="caption image files with a run, an export or a Hugging Face BLIP-2")
     caption.add_argument("model", help="run folder, export, or Hugging Face BLIP-2 folder or hub id")
     caption.add_argument("images", nargs="+", help="image files or folders of them")
     caption.add_argument("--prompt", default="", help="text after the image, such as 'Question: what is it? Answer:'")
-    _generation_options(caption, 30, 8, 1.0)
+    _generation_options(caption, 30, 7, 1.0)
     caption.set_defaults(run=_caption)
     evaluate = commands.add_parser("eval", help="predict a whole data set with a model and score it")
     evaluate.add_argument("model", help="run folder, export, or Hugging Face BLIP-2 folder or hub id")
@@ -129,6 +155,7 @@ def _chat_command(commands) -> None:
     chat.add_argument("--num-beams", type=int, default=1, help="above 1 an answer is shown when it is complete")
     chat.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest answer; above: sampling")
     chat.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    chat.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
     chat.add_argument("--json", action="store_true", help="with --prompt: one JSON object at the end")
     chat.set_defaults(run=_chat)
 
@@ -145,6 +172,9 @@ def _generation_options(command: argparse.ArgumentParser, longest, shortest, pen
     )  # fmt: skip
     command.add_argument("--batch-images", type=int, default=16)
     command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    command.add_argument(
+        "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on a GPU, fp32 on the CPU"
+    )
     command.add_argument("--json", action="store_true")
 
 
@@ -259,6 +289,12 @@ def _scenes(options: argparse.Namespace) -> int:
     )
     print(f"wrote {options.out}: " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
     return 0
+
+
+def _pack(options: argparse.Namespace) -> int:
+    from .data.pack import main as pack
+
+    return pack(options)
 
 
 def _demo(options: argparse.Namespace) -> int:

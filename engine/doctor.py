@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..kernels import row_packing
+from ..kernels import image_decode, row_packing
 
 REQUIRED = (
     "torch",
@@ -40,6 +40,7 @@ OPTIONAL = {
 
 # Operation of kernels/ -> its fast implementation, and why that cannot run here (None where it can).
 OPERATIONS = {
+    "image_decode": ("cpp", image_decode.image_decode_unsupported_reason),
     "row_packing": ("cpp", row_packing.row_packing_unsupported_reason),
 }
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .captioning import device_of, generation_of
+from .captioning import generation_of, placement
 from .checkpoint import write_json
 from .data.coco import QuestionSet, read_captions, read_questions
 from .data.formats import CaptionFormat
@@ -21,7 +21,7 @@ from .scoring.command import caption_metrics
 from .scoring.files import ScoreError
 from .scoring.okvqa import lemmatise, load_lemmatiser
 from .scoring.ptb_tokenizer import ptb_tokenize
-from .scoring.record import result_record
+from .scoring.record import checkpoint_sha256, result_record
 from .scoring.vqa import gqa_accuracy, vqa_accuracy
 
 CAPTION_TASKS = ("caption", "nocaps")
@@ -38,7 +38,14 @@ def main(options: argparse.Namespace) -> int:
     settings = _settings(options)
     if options.lemmatise and options.task != "okvqa":
         raise ScoreError(f"--lemmatise: for okvqa only, the task is {options.task}; leave it out")
+    if options.task not in CAPTION_TASKS and options.prompt is not None and "{}" not in options.prompt:
+        raise DataError(f"--prompt: expected {{}} where the question goes, got {options.prompt!r}")
+    pipeline = load_lemmatiser()[0] if options.lemmatise else None
     out = Path(options.out)
+    try:  # before hours of prediction, not after
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"--out: expected a folder that can be made, got {out}: {error.strerror}") from error
     if options.task in CAPTION_TASKS:
         data = read_captions(
             options.references, options.images, format=_format(options), split=options.split, limit=options.limit, preprocess=False
@@ -51,13 +58,15 @@ def main(options: argparse.Namespace) -> int:
                 f"--references: expected answers to the questions of {source}, got none; name the annotations file too"
             )
     _say_refused(data.refused)
-    opened = open_model(options.model, device_of(options.device))
+    device, dtype = placement(options.device, options.precision)
+    opened = open_model(options.model, device, dtype)
+    checkpoint_sha256(opened.weights)  # raises where there is nothing to hash
     if options.task in CAPTION_TASKS:
         prompt = options.prompt or ""
-        predictions, metrics = _caption_task(opened, data, settings, prompt, options.batch_images, options.task)
+        predictions, metrics = _caption_task(opened, data, settings, prompt, options)
     else:
         prompt = options.prompt or vqa_prompt("{}", opened.model.llm.is_encoder_decoder)
-        predictions, metrics = _question_task(opened, data, settings, prompt, options.batch_images, options)
+        predictions, metrics = _question_task(opened, data, settings, prompt, options, pipeline)
     result = {
         "task": options.task, "model": str(options.model), "metrics": metrics, "count": len(predictions),
         "references": str(options.references), "refused": data.refused.summary(), "lemmatised": bool(options.lemmatise),
@@ -66,9 +75,8 @@ def main(options: argparse.Namespace) -> int:
             transform={"name": "eval", "image_size": opened.tower.image_size, "mean": opened.tower.norm.mean, "std": opened.tower.norm.std},
             checkpoint=opened.weights,
         ),
+        "precision": str(dtype).removeprefix("torch."),
     }  # fmt: skip
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "predictions.json", predictions)
     write_json(out / "result.json", result)
     if options.json:
         print(json.dumps(result, indent=1))
@@ -100,18 +108,19 @@ def _say_refused(report: RefusalReport) -> None:
 
 
 def _caption_task(
-    opened: Opened, data: Any, settings: Generation, prompt: str, batch: int, task: str
+    opened: Opened, data: Any, settings: Generation, prompt: str, options: argparse.Namespace
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     records = data.records
-    texts = predict(opened, [r.path for r in records], [prompt] * len(records), settings, batch)
+    texts = predict(opened, [r.path for r in records], [prompt] * len(records), settings, options.batch_images)
     predictions = [{"image_id": r.image_id, "caption": t} for r, t in zip(records, texts, strict=True)]
+    write_json(Path(options.out) / "predictions.json", predictions)  # before the scores, which may fail
     tokens = {r.image_id: " ".join(ptb_tokenize(t)) for r, t in zip(records, texts, strict=True)}
     references = {r.image_id: [" ".join(ptb_tokenize(c)) for c in r.captions] for r in records}
     if empty := [image for image, text in tokens.items() if not text]:
         console.print(f"[yellow]{len(empty)} empty captions, scored as the word 'empty'[/]")
         tokens |= dict.fromkeys(empty, "empty")
     names = ("cider", "bleu", "rouge")
-    if task == "caption":
+    if options.task == "caption":
         return predictions, caption_metrics(references, tokens, names)
     groups = {"overall": list(tokens)}
     for record in records:
@@ -124,21 +133,22 @@ def _caption_task(
 
 
 def _question_task(
-    opened: Opened, data: QuestionSet, settings: Generation, prompt: str, batch: int, options: argparse.Namespace
+    opened: Opened, data: QuestionSet, settings: Generation, prompt: str, options: argparse.Namespace, pipeline: Any
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     records = [r for r in data.records if r.answers]
-    texts = predict(
-        opened, [r.path for r in records], [prompt.replace("{}", r.question) for r in records], settings, batch
-    )
+    prompts = [prompt.replace("{}", r.question) for r in records]
+    texts = predict(opened, [r.path for r in records], prompts, settings, options.batch_images)
     answers = {r.question_id: t for r, t in zip(records, texts, strict=True)}
-    if options.lemmatise:
-        answers = lemmatise(answers, load_lemmatiser()[0])
+    if pipeline is not None:
+        answers = lemmatise(answers, pipeline)
     if options.task == "gqa":
         predictions = [{"questionId": q, "prediction": a} for q, a in answers.items()]
+        write_json(Path(options.out) / "predictions.json", predictions)  # before the scores, which may fail
         return predictions, {
             "accuracy_percent": gqa_accuracy({r.question_id: r.answers[0] for r in records}, predictions)["overall"]
         }
     predictions = [{"question_id": q, "answer": a} for q, a in answers.items()]
+    write_json(Path(options.out) / "predictions.json", predictions)
     annotations = [{"question_id": r.question_id, "answers": [{"answer": a} for a in r.answers]} for r in records]
     return predictions, {"accuracy_percent": vqa_accuracy(annotations, predictions)["overall"]}
 

@@ -54,6 +54,7 @@ class Progress:
     best_pairs: int = 0
     stale_evals: int = 0
     skipped: int = 0
+    captioned_at: int = 0
     stage_done: bool = False
     position: dict[str, Any] | None = None
     watch: dict[str, Any] = field(default_factory=dict)
@@ -138,7 +139,7 @@ def _state(checkpoint: Path) -> dict[str, Any]:
 
 def _prepare(recipe: TransferRecipe, runtime: Runtime, log: RunLog, progress: Progress) -> Run:
     tower = load_tower(recipe.vision)
-    model, origins = build_model(recipe, tower, runtime.compute_dtype)
+    model, origins = build_model(recipe, tower, runtime.compute_dtype, runtime.device, progress.step > 0)
     for report in origins.loaded:
         log.say(f"{report.path}:\n  " + "\n  ".join(report.lines()))
     layout = recipe.data
@@ -405,9 +406,10 @@ def _evaluate(this: Run, index: int, stage: Stage) -> bool:
     if (
         settings.generate_images
         and every
-        and (progress.pairs == 0 or progress.pairs // every > (progress.pairs - stage.batch_pairs) // every)
+        and (progress.pairs == 0 or progress.pairs // every > progress.captioned_at // every)
     ):
         scores.update(this.validator.captions(this.model)[0])
+        progress.captioned_at = progress.pairs
     this.log.event(
         "eval", stage=stage.name, step=progress.step, pairs=progress.pairs, seconds=progress.seconds, **scores
     )

@@ -149,6 +149,7 @@ def finish(this: Run) -> dict[str, Any]:
     if this.runtime.is_main:
         shutil.rmtree(folder / "model", ignore_errors=True)
         shutil.copytree(best, folder / "model")
+    this.runtime.wait()  # for rank 0's copy
     _load_into(this.model, folder / "model", this.runtime.device)
     scores: dict[str, float] = {}
     if recipe.evaluation.generate_images:

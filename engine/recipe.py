@@ -37,7 +37,9 @@ def _resolve(value: Any) -> Any:
 
 def _resolve_or_hub(value: Any) -> Any:
     """A path when it is written as one (`./`, `../`, `/`), otherwise a hub id."""
-    return str(_resolve(value)) if isinstance(value, _FromFile) and value.startswith((".", "/")) else value
+    if not isinstance(value, str) or not value.startswith((".", "/")):
+        return value
+    return os.path.abspath(_resolve(value))
 
 
 def _resolve_existing_or_hub(value: Any) -> Any:
@@ -88,7 +90,8 @@ class ImageData(_Section):
         description="the caption file; a tar, a folder of tars or a pattern (laion_coco); the alignment folder (minigpt4); the folder of a packed set"
     )
     images: RecipePath | None = Field(
-        None, description="folder that image names start at; none for tars and packed sets, and for minigpt4's own `image`"
+        None,
+        description="folder that image names start at; none for tars and packed sets, and for minigpt4's own `image`",
     )
     format: Literal["auto", "coco", "karpathy", "visual_genome", "sbu", "laion_coco", "nocaps", "minigpt4", "pack"] = (
         Field("auto", description="auto: recognised by the file's shape; pack: what vpgtrans pack has written")
@@ -134,9 +137,7 @@ class ImageData(_Section):
     @model_validator(mode="after")
     def _has_images(self) -> ImageData:
         is_json = isinstance(self.captions, Path) and self.captions.name.removesuffix(".gz").endswith(".json")
-        own_folder = (
-            self.format in ("minigpt4", "laion_coco", "pack") or Path(self.captions).name == "filter_cap.json"
-        )
+        own_folder = self.format in ("minigpt4", "laion_coco", "pack") or Path(self.captions).name == "filter_cap.json"
         if self.images is None and is_json and not own_folder:
             raise ValueError(f"images: expected the folder of images that {self.captions} names, got nothing")
         return self
@@ -325,7 +326,7 @@ class Generation(_Section):
 
     num_beams: Positive = 5
     max_new_tokens: Positive = 30
-    min_new_tokens: NonNegative = 8
+    min_new_tokens: NonNegative = Field(7, description="the reference's minimum length of 8 counts BOS")
     length_penalty: float = 1.0
     beam_score: Literal["generated", "prompt_and_generated"] = Field(
         "generated",
@@ -358,6 +359,8 @@ class Evaluation(_Section):
     def _both_files(self) -> Evaluation:
         if (self.questions is None) != (self.answers is None):
             raise ValueError("questions, answers: expected both or neither")
+        if self.question_prompt is not None and "{}" not in self.question_prompt:
+            raise ValueError(f"question_prompt: expected {{}} where the question goes, got {self.question_prompt!r}")
         return self
 
 

@@ -38,6 +38,11 @@ class Runtime:
             dist.all_reduce(value)
         return value
 
+    def wait(self) -> None:
+        """Until every rank is here."""
+        if self.world_size > 1:
+            dist.barrier()
+
     def describe(self) -> str:
         name = (
             torch.cuda.get_device_name(self.device)
@@ -50,12 +55,12 @@ class Runtime:
 def start(device: str = "auto", precision: str = "auto", threads: int | None = None, seed: int = 0) -> Runtime:
     """Set up threads, seeds and, under torchrun, the process group.
 
-    Raises RuntimeError when a GPU is asked for and there is none, or when a launcher variable is missing.
+    Raises ValueError when a GPU is asked for and there is none.
     """
     if threads:
         torch.set_num_threads(threads)
     if device == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError("device: expected a CUDA GPU, found none; set device=cpu or device=auto")
+        raise ValueError("device: expected a CUDA GPU, found none; set device=cpu or device=auto")
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     world_size, rank, local_rank = (
         int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0))

@@ -158,9 +158,9 @@ def test_an_answer_is_cut_and_then_does_not_end(make_llm, tokenizer):
     short = tokenize_entry(entry(max_text_tokens=12), captioned([[whole]]), llm, 7, seed=0)
     assert len(short.ids[0][0]) - short.unsupervised[0][0] == 12
     plain = ImageData(name="x", captions="filter_cap.json")
-    assert len(tokenize_entry(plain, captioned([[whole]]), llm, 7, seed=0).ids[0][0]) == 7 + 1
+    assert len(tokenize_entry(plain, captioned([[whole]]), llm, 7, seed=0).ids[0][0]) == 7
     longer = plain.model_copy(update={"max_text_tokens": 9})
-    assert len(tokenize_entry(longer, captioned([[whole]]), llm, 7, seed=0).ids[0][0]) == 9 + 1
+    assert len(tokenize_entry(longer, captioned([[whole]]), llm, 7, seed=0).ids[0][0]) == 9
 
 
 def test_the_instruction_of_an_answer_depends_on_seed_and_image_alone(make_llm, tokenizer):

@@ -108,7 +108,7 @@ CASES = {
 def make_run(tmp_path_factory, tiny_world):
     """make_run(case) -> the folder of a finished run with random weights, its pixels from the tiny world's tower."""
 
-    def make(case: str, tower: str = "eva_vit"):
+    def make(case: str, tower: str = "eva_vit", **more):
         family, kind, spare, _ = CASES[case]
         root = tmp_path_factory.mktemp(case)
         torch.manual_seed(len(case))
@@ -128,7 +128,7 @@ def make_run(tmp_path_factory, tiny_world):
         qformer = QFormerConfig(
             hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40, num_query_tokens=4, dropout=0.1, initializer_range=0.3
         )  # fmt: skip
-        vision = {"kind": "eva_vit", "path": str(tiny_world / "tower"), "image_size": 32}
+        vision = {"kind": "eva_vit", "path": str(tiny_world / "tower"), "image_size": 32, **more}
         if tower != "eva_vit":
             vision = {"kind": "mobilenet_v2", "path": str(tower)}
         vpg = VPG(qformer, 16 if tower == "eva_vit" else 1280)
@@ -177,12 +177,16 @@ def test_transformers_gives_the_same(case, make_run, photos, tmp_path):
     ours = open_model(run)
     images = [Image.open(p).convert("RGB") for p in photos]
     prompts = ours.soft_prompts(photos)
-    for text in ("", "question what"):
-        inputs = processor(images=images, text=[text] * len(images), return_tensors="pt")
+    for kinds in (
+        [""],
+        ["", "question what", "a red"],
+    ):  # alike, and ragged: padded on the left, masked for an encoder-decoder
+        texts = [kinds[n % len(kinds)] for n in range(len(images))]
+        inputs = processor(images=images, text=texts, return_tensors="pt", padding=True)
         got = theirs.generate(**inputs, num_beams=3, max_new_tokens=7, min_new_tokens=1)
         width = 1 if ours.model.llm.is_encoder_decoder else inputs["input_ids"].shape[1]
         settings = Generation(num_beams=3, max_new_tokens=7, min_new_tokens=1)
-        expected = ours.model.llm.generate_ids(prompts, [text] * len(images), settings)
+        expected = ours.model.llm.generate_ids(prompts, texts, settings)
         assert got[:, width:].tolist() == expected.tolist()
         assert len({tuple(row) for row in expected.tolist()}) > 3
     assert abs(loss_of(theirs, processor, ours, images) - loss_of_ours(ours, prompts)) < 1e-5
@@ -397,3 +401,72 @@ def test_eval_of_run_and_export(tiny_recipe, tiny_world, tmp_path, capsys):
     assert main([*scored, *questions, "--json"]) == 0
     percent = json.loads(capsys.readouterr().out)["metrics"]["accuracy_percent"]
     assert percent == pytest.approx(metrics[run, "vqa"]["accuracy_percent"])
+
+
+def test_an_export_keeps_the_pixel_norm(make_run, photos, tmp_path):
+    run = make_run("opt", mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.5))
+    export(run, tmp_path / "out")
+    again, first = open_model(tmp_path / "out"), open_model(run)
+    assert again.tower.norm == first.tower.norm and first.tower.norm.mean == (0.5, 0.4, 0.3)
+    assert torch.allclose(again.soft_prompts(photos[:3]), first.soft_prompts(photos[:3]), atol=1e-4)
+
+
+def test_a_model_in_its_stored_precision(make_run, photos, tmp_path):
+    """A bfloat16 language model is exported as bfloat16, and opened in float32 or bfloat16 as asked."""
+    run = make_run("llama")
+    llm = LlamaForCausalLM.from_pretrained(run.parent / "llm").to(torch.bfloat16)
+    llm.save_pretrained(run.parent / "llm")
+    export(run, tmp_path / "out")
+    from safetensors.torch import load_file
+
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    kinds = {k.split(".")[0]: t.dtype for k, t in stored.items() if k.endswith("proj.weight") or "query" in k}
+    assert kinds["language_model"] == torch.bfloat16 and kinds["query_tokens"] == torch.float32
+    for dtype in (torch.float32, torch.bfloat16):
+        opened = open_model(tmp_path / "out", dtype=dtype)
+        assert next(opened.model.llm.parameters()).dtype == dtype and opened.soft_prompts(photos[:2]).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--task", "vqa", "--prompt", "Question: Answer:"], "--prompt"),
+        (["--task", "caption", "--out", "{file}"], "--out"),
+        (["--task", "okvqa", "--lemmatise"], "spaCy"),
+        (["--task", "caption", "--max-new-tokens", "4000"], "128 positions"),
+        (["--task", "caption", "--device", "cuda"], "no"),
+    ],
+)
+def test_eval_refuses_before_it_predicts(arguments, words, make_run, tiny_world, tmp_path, capsys):
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    world, run = tiny_world / "world", make_run("llama")
+    (tmp_path / "file").write_text("mine")
+    task = arguments[1]
+    references = (
+        ["captions_val.json"]
+        if task == "caption"
+        else ["answers_val.json", "--questions", str(world / "questions_val.json")]
+    )
+    given = [a.format(file=tmp_path / "file") for a in arguments]
+    out = [] if "--out" in given else ["--out", str(tmp_path / "out")]
+    names = ["--image-name", "scene_{image_id:06d}.jpg"] if task != "caption" else []
+    assert (
+        main(
+            [
+                "eval",
+                str(run),
+                "--images",
+                str(world / "images"),
+                *given,
+                *out,
+                *names,
+                "--references",
+                str(world / references[0]),
+                *references[1:],
+            ]
+        )
+        == 2
+    )
+    assert words in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine" and not (tmp_path / "out" / "predictions.json").exists()

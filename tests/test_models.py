@@ -11,7 +11,7 @@ from transformers import Blip2QFormerConfig, Blip2QFormerModel, Blip2VisionConfi
 from vpgtrans.engine.data.images import load_pixels, normalise
 from vpgtrans.engine.evaluation import evaluating
 from vpgtrans.engine.models.causal import CausalLanguageModel
-from vpgtrans.engine.models.llm import ModelError, special_tokens
+from vpgtrans.engine.models.llm import ModelError, load_language_model, special_tokens
 from vpgtrans.engine.models.qformer import QFormer
 from vpgtrans.engine.models.vision import MobileNetV2, eva_vit, load_tower
 from vpgtrans.engine.models.vlm import VisionLanguageModel
@@ -144,9 +144,9 @@ def test_embed_is_what_enters_the_first_block(make_llm):
 
 def test_caption_ids(make_llm):
     llm = make_llm("llama")
-    ids = llm.caption_ids("a small red circle on white", 4)
-    special = llm.special
-    assert ids[0] == special.bos and ids[-1] == special.newline and len(ids) == 5  # BOS and 3 words, newline on top
+    special, text = llm.special, llm.text_ids("a small red circle on white")
+    assert llm.caption_ids("a small red circle on white", 32) == [special.bos, *text, special.newline]
+    assert llm.caption_ids("a small red circle on white", 4) == [special.bos, *text[:3]]  # cut: it does not end there
     assert special == special_tokens(llm.tokenizer)
 
 
@@ -218,3 +218,60 @@ def test_paper_sizes():
     stage_1 = sum(p.numel() for p in projector.parameters())
     stage_2 = stage_1 + sum(p.numel() for p in vpg.parameters())
     assert (stage_1, stage_2) == (3_149_824, 108_314_880)
+
+
+@pytest.fixture
+def llama_folder(make_llm, tmp_path):
+    llm = make_llm("llama")
+    llm.model.save_pretrained(tmp_path / "llm")
+    llm.tokenizer.save_pretrained(tmp_path / "llm")
+    return tmp_path / "llm"
+
+
+def test_a_folder_that_lacks_a_tensor_is_refused(llama_folder):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(llama_folder / "model.safetensors")
+    save_file(
+        {k: v for k, v in tensors.items() if "layers.1.mlp.down_proj" not in k},
+        llama_folder / "model.safetensors",
+        {"format": "pt"},
+    )
+    with pytest.raises(ModelError, match=r"1 tensors .*layers\.1\.mlp\.down_proj"):
+        load_language_model(llama_folder)
+    (llama_folder / "model.safetensors").write_bytes((llama_folder / "model.safetensors").read_bytes()[:2000])
+    with pytest.raises(ModelError, match="expected a language model folder"):
+        load_language_model(llama_folder)
+
+
+def test_a_folders_generation_settings_do_not_leak(llama_folder):
+    """Its repetition penalty would change every caption, unrecorded."""
+    from transformers import GenerationConfig
+
+    prompts = torch.randn(3, 4, 32, generator=torch.Generator().manual_seed(0))
+    settings = Generation(num_beams=2, max_new_tokens=8, min_new_tokens=0)
+    before = load_language_model(llama_folder).generate_ids(prompts, [""] * 3, settings)
+    GenerationConfig(
+        repetition_penalty=1.8, no_repeat_ngram_size=2, min_length=7, suppress_tokens=[5, 6]
+    ).save_pretrained(llama_folder)
+    assert torch.equal(load_language_model(llama_folder).generate_ids(prompts, [""] * 3, settings), before)
+
+
+def test_soft_capped_attention_takes_the_packed_mask(word_tokenizer, tmp_path):
+    """Gemma 2 runs in eager attention, which adds its mask to the scores."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=len(word_tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = Gemma2ForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.3)
+    model.save_pretrained(tmp_path)
+    word_tokenizer.save_pretrained(tmp_path)
+    llm = load_language_model(tmp_path)  # its contract is checked
+    assert llm.model.config._attn_implementation == "eager"

@@ -309,7 +309,10 @@ def test_beam_score_of_the_reference(tokenizer):
             log_today, log_before = (
                 log_probability(model, prompts[row : row + 1], texts[0], ids) for ids in (today, before)
             )
-            assert log_before / (prompt + len(before)) ** penalty > log_today / (prompt + len(today)) ** penalty
+            lengths = [
+                prompt + len(ids) - (ids[-1] in model.llm.ends) for ids in (before, today)
+            ]  # the end token is not counted
+            assert log_before / lengths[0] ** penalty > log_today / lengths[1] ** penalty
             assert log_today / len(today) ** penalty > log_before / len(before) ** penalty
     assert differing, "the two rules agreed on every row: nothing is tested"
 

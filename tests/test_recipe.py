@@ -132,3 +132,11 @@ def test_exit_code_2_in_under_5_seconds(recipe, module):
     assert "torch" not in done.stderr
     # The promise is 5 s on a quiet machine; a loaded one gets some grace, importing torch and transformers would take more than this.
     assert time.perf_counter() - began < 10
+
+
+def test_a_relative_model_of_an_override_is_where_the_user_stands(tmp_path, monkeypatch):
+    """Also in the saved recipe, which is read from anywhere."""
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe(DEMO, ["target.llm=./models/llama", "source.llm=../opt"], check_files=False)
+    assert recipe.target.llm == str(tmp_path / "models" / "llama") and recipe.source.llm == str(tmp_path.parent / "opt")
+    assert load_recipe(DEMO, ["target.llm=org/llama"], check_files=False).target.llm == "org/llama"

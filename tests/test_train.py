@@ -334,7 +334,12 @@ def test_an_encoder_decoder_trains_with_the_same_loop(tiny_recipe, tiny_world, t
     )  # fmt: skip
     T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
     tokenizer.save_pretrained(tmp_path / "t5")
-    settings = [f"target.llm={tmp_path / 't5'}", "stages.1.pairs=66"]
+    settings = [
+        f"target.llm={tmp_path / 't5'}",
+        "stages.1.pairs=66",
+        "stages.0.learning_rate=2e-2",
+        "stages.1.learning_rate=1e-2",
+    ]
     assert main([str(tiny_recipe), *settings, f"output.folder={tmp_path / 'whole'}"]) == 0
     logged = [
         e for e in map(json.loads, (tmp_path / "whole" / "log.jsonl").read_text().splitlines()) if e["event"] == "train"
@@ -354,8 +359,23 @@ def test_the_loss_of_the_first_validation_images(tiny_recipe, tmp_path):
     from vpgtrans.engine.train import main
 
     short = ["stages.0.pairs=11", "stages.1.pairs=11", "data.transform=eval"]
-    for name, setting in (("few", "evaluation.loss_images=2"), ("cut", "data.val.limit=2"), ("all", "evaluation.samples=1")):
+    for name, setting in (
+        ("few", "evaluation.loss_images=2"),
+        ("cut", "data.val.limit=2"),
+        ("all", "evaluation.samples=1"),
+    ):
         assert main([str(tiny_recipe), *short, setting, f"output.folder={tmp_path / name}"]) == 0
     losses = {name: [e["val_loss"] for e in events(tmp_path / name, "eval")] for name in ("few", "cut", "all")}
     assert losses["few"] == losses["cut"] != losses["all"]
     assert [len(json.loads((tmp_path / n / "captions.json").read_text())) for n in ("few", "cut", "all")] == [4, 2, 4]
+
+
+def test_captions_are_scored_as_often_as_asked(tiny_recipe, tmp_path):
+    """At the first evaluation after each multiple, wherever the evaluations fall."""
+    from vpgtrans.engine.train import main
+
+    settings = ["evaluation.generate_every_pairs=50", "evaluation.generate_images=2"]
+    assert main([str(tiny_recipe), *settings]) == 0
+    scored = [e["pairs"] for e in events(tmp_path / "run", "eval") if "cider" in e]
+    assert [e["pairs"] for e in events(tmp_path / "run", "eval")] == [0, 33, 66, 110, 154, 198, 220]
+    assert scored == [0, 66, 110, 154, 220]

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from ..recipe import ImageData
+from .beton_member import BetonMember
 from .captions import preprocess_caption, preprocess_question
 from .formats import CaptionFormat, as_coco, as_vqa, caption_source, default_images, recognise
 from .images import PIXEL_LIMIT
+from .packed import is_pack, read_packed
 from .reading import (
     DataError,
     ImageFinder,
@@ -46,6 +48,7 @@ __all__ = [
     "Refusal",
     "RefusalReport",
     "read_captions",
+    "read_pack",
     "read_questions",
 ]
 
@@ -57,7 +60,7 @@ class ImageRecord:
     """One image and its captions, in file order; `path` is None in a text-only set, `domain` is NoCaps's."""
 
     image_id: ImageId
-    path: Path | TarMember | None
+    path: Path | TarMember | BetonMember | None
     captions: list[str]
     domain: str | None = None
 
@@ -94,6 +97,14 @@ class QuestionSet:
 def read_image_data(entry: ImageData, verify_images: VerifyImages, name: str | None = None) -> CaptionSet:
     """The captioned images that a recipe's `data` entry names; raises DataError as `read_captions`."""
     limit = None if entry.limit is None else entry.skip + entry.limit
+    if entry.format == "pack" or (entry.format == "auto" and is_pack(entry.captions)):
+        if entry.images is not None or entry.split is not None:
+            raise DataError(f"images, split: expected neither, because {entry.captions} is a packed set of one split")
+        found = read_pack(
+            entry.captions, name=name or entry.name, verify_images=verify_images, limit=limit,
+            preprocess=False if entry.style == "conversation" else None,
+        )  # fmt: skip
+        return _after_skip(found, entry)
     source, in_tars = caption_source(entry.captions, entry.format)
     if in_tars:
         if entry.images is not None or entry.split is not None:
@@ -109,11 +120,44 @@ def read_image_data(entry: ImageData, verify_images: VerifyImages, name: str | N
             verify_images=verify_images, limit=limit, format=entry.format, split=entry.split,
             preprocess=False if entry.style == "conversation" else None,
         )  # fmt: skip
+    return _after_skip(found, entry)
+
+
+def _after_skip(found: CaptionSet, entry: ImageData) -> CaptionSet:
     if entry.skip >= len(found.records):
         raise DataError(
             f"skip: expected less than the {len(found.records):,} images of {entry.captions}, got {entry.skip}"
         )
     return CaptionSet(found.name, found.records[entry.skip :], found.refused)
+
+
+def read_pack(
+    path: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    preprocess: bool | None = None,
+    max_words: int = 50,
+    verify_images: VerifyImages = "header",
+    max_pixels: int = PIXEL_LIMIT,
+    limit: int | None = None,
+    max_refused_share: float = 0.5,
+) -> CaptionSet:
+    """The captioned images of a set that `vpgtrans pack` has written: a folder or its `index.json`.
+
+    Records equal those that `read_captions` gives for the set's source, but that each `path` is a `BetonMember`.
+
+    Args:
+        path, name, preprocess, max_words, verify_images, max_pixels, limit, max_refused_share: as in `read_captions`.
+
+    Raises:
+        DataError: the index, a shard or an option cannot be used, no image is usable, or too many are refused.
+    """
+    packed, samples, report = read_packed(
+        path, preprocess=preprocess, max_words=max_words, verify_images=verify_images, max_pixels=max_pixels,
+        limit=limit, max_refused_share=max_refused_share,
+    )  # fmt: skip
+    records = [ImageRecord(sample.image_id, sample.image, sample.captions, sample.domain) for sample in samples]
+    return CaptionSet(name or packed.name, records, report)
 
 
 def read_captions(

@@ -21,7 +21,8 @@ from ..checkpoint import write_json
 from ..models.vision import VisionTower
 from ..runlog import RunLog
 from ..runtime import Runtime
-from .images import load_pixels, normalise, sample_rng
+from .decode import load_batch
+from .images import normalise, sample_rng
 from .packing import CaptionData, Group
 
 BUILD_BATCH = 32
@@ -52,19 +53,19 @@ class LiveFeatures(FeatureSource):
         self._pool = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1), thread_name_prefix="decode")
 
     def prepare(self, groups: list[Group]) -> Tensor:
-        return _pinned(torch.stack(list(self._pool.map(self._pixels, groups))), self.runtime.device)
+        records = [self.data.records[g.image] for g in groups]
+        rngs = [
+            sample_rng(self.seed, g.epoch, r.image_id) if self.transform == "train" and g.image not in self.fixed else None
+            for g, r in zip(groups, records, strict=True)
+        ]
+        pixels = load_batch([r.path for r in records], self.tower.image_size, rngs, self._pool, torch.get_num_threads())
+        return _pinned(pixels, self.runtime.device)
 
     def finish(self, prepared: Tensor) -> Tensor:
         pixels = prepared.to(self.runtime.device, non_blocking=True)
         images = normalise(pixels, self.tower.norm.mean, self.tower.norm.std).to(self._dtype)
         with self.runtime.autocast():
             return self.tower.features(images)
-
-    def _pixels(self, group: Group) -> Tensor:
-        record = self.data.records[group.image]
-        augmented = self.transform == "train" and group.image not in self.fixed
-        rng = sample_rng(self.seed, group.epoch, record.image_id) if augmented else None
-        return load_pixels(record.path, self.tower.image_size, rng)
 
 
 class CachedFeatures(FeatureSource):

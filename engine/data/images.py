@@ -27,7 +27,10 @@ import numpy as np
 import torch
 from PIL import BmpImagePlugin, GifImagePlugin, Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
 
+from .beton_member import BetonMember
 from .tar_member import TarMember
+
+Member = TarMember | BetonMember
 
 PIXEL_LIMIT = 89_478_485  # 1 GiB at 12 bytes a pixel, Pillow's own limit; beyond it Pillow's crop warns
 
@@ -75,7 +78,7 @@ class ImageRefused(ValueError):
 
 
 def read_image(
-    path_or_bytes: str | os.PathLike[str] | TarMember | bytes | bytearray | memoryview, max_pixels: int = PIXEL_LIMIT
+    path_or_bytes: str | os.PathLike[str] | Member | bytes | bytearray | memoryview, max_pixels: int = PIXEL_LIMIT
 ) -> Image.Image:
     """Read one image as upright RGB, 8 bits a channel.
 
@@ -85,7 +88,7 @@ def read_image(
     animation the first frame is used. The size is checked in the header, before any pixel is decoded.
 
     Args:
-        path_or_bytes: a file, an image inside a tar, or the whole content.
+        path_or_bytes: a file, an image inside a tar or a packed set, or the whole content.
         max_pixels: the largest width x height that is decoded; 1..89,478,485.
 
     Raises:
@@ -94,6 +97,8 @@ def read_image(
     """
     _check_limit(max_pixels)
     with _opened(path_or_bytes) as (fp, name):
+        if isinstance(path_or_bytes, BetonMember) and path_or_bytes.raw_size is not None:
+            return Image.frombytes("RGB", _raw_size(path_or_bytes, max_pixels), fp.read())
         image, format_name = _parse_header(fp, name, max_pixels)
         try:
             image.load()
@@ -108,7 +113,7 @@ def read_image(
 
 
 def read_header(
-    path_or_bytes: str | os.PathLike[str] | TarMember | bytes | bytearray | memoryview, max_pixels: int = PIXEL_LIMIT
+    path_or_bytes: str | os.PathLike[str] | Member | bytes | bytearray | memoryview, max_pixels: int = PIXEL_LIMIT
 ) -> tuple[int, int]:
     """Stored (width, height) from the header alone, before orientation; pixel data may still be damaged.
 
@@ -117,11 +122,13 @@ def read_header(
     """
     _check_limit(max_pixels)
     with _opened(path_or_bytes) as (fp, name):
+        if isinstance(path_or_bytes, BetonMember) and path_or_bytes.raw_size is not None:
+            return _raw_size(path_or_bytes, max_pixels)
         return _parse_header(fp, name, max_pixels)[0].size
 
 
 def check_image(
-    path_or_bytes: str | os.PathLike[str] | TarMember | bytes | bytearray | memoryview, max_pixels: int = PIXEL_LIMIT
+    path_or_bytes: str | os.PathLike[str] | Member | bytes | bytearray | memoryview, max_pixels: int = PIXEL_LIMIT
 ) -> tuple[int, int]:
     """Decode an image completely and return its upright (width, height).
 
@@ -131,15 +138,40 @@ def check_image(
     return read_image(path_or_bytes, max_pixels).size
 
 
+def read_bytes(path: str | os.PathLike[str] | Member) -> bytes:
+    """The whole stored content, whatever it is; raises ImageRefused where it is missing, empty or cannot be read."""
+    with _opened(path) as (fp, name):
+        try:
+            return fp.read()
+        except OSError as error:
+            raise ImageRefused("unreadable", name, error.strerror or str(error)) from error
+
+
+def is_stored_upright(content: bytes) -> bool:
+    """Whether a readable image's pixels need no turning: its EXIF orientation is absent, damaged or 1."""
+    with _opened(content) as (fp, name):
+        return _orientation(_parse_header(fp, name, PIXEL_LIMIT)[0]) not in _UPRIGHT
+
+
+def _raw_size(member: BetonMember, max_pixels: int) -> tuple[int, int]:
+    assert member.raw_size is not None
+    width, height = member.raw_size
+    if width * height > max_pixels:
+        raise ImageRefused("too_many_pixels", str(member), f"{width} x {height} pixels, the limit is {max_pixels:,}")
+    if width * height * 3 != member.size:
+        raise ImageRefused("unreadable", str(member), f"{width} x {height} RGB pixels are not {member.size:,} bytes")
+    return width, height
+
+
 @contextmanager
 def _opened(
-    path_or_bytes: str | os.PathLike[str] | TarMember | bytes | bytearray | memoryview,
+    path_or_bytes: str | os.PathLike[str] | Member | bytes | bytearray | memoryview,
 ) -> Iterator[tuple[BinaryIO, str]]:
     """(binary file, its name) for a path or for bytes; refuses what cannot hold an image."""
     if isinstance(path_or_bytes, (bytes, bytearray, memoryview)):
         name, fp = "<bytes>", io.BytesIO(path_or_bytes)
         size_bytes = len(fp.getbuffer())
-    elif isinstance(path_or_bytes, TarMember):
+    elif isinstance(path_or_bytes, Member):
         name = str(path_or_bytes)
         fp, size_bytes = _open_member(path_or_bytes, name), path_or_bytes.size
     elif isinstance(path_or_bytes, (str, os.PathLike)):
@@ -171,8 +203,9 @@ def _open_file(name: str) -> tuple[BinaryIO, int]:
         raise ImageRefused("unreadable", name, f"not a possible file name: {error}") from error
 
 
-def _open_member(member: TarMember, name: str) -> BinaryIO:
-    archive, _ = _open_file(str(member.tar))
+def _open_member(member: Member, name: str) -> BinaryIO:
+    kind, file = ("tar", member.tar) if isinstance(member, TarMember) else ("shard", member.shard)
+    archive, _ = _open_file(str(file))
     with archive:
         try:
             archive.seek(member.offset)
@@ -180,7 +213,7 @@ def _open_member(member: TarMember, name: str) -> BinaryIO:
         except OSError as error:
             raise ImageRefused("unreadable", name, error.strerror or str(error)) from error
     if len(content) < member.size:
-        raise ImageRefused("truncated", name, f"the tar holds {len(content):,} of its {member.size:,} bytes")
+        raise ImageRefused("truncated", name, f"the {kind} holds {len(content):,} of its {member.size:,} bytes")
     return io.BytesIO(content)
 
 
@@ -391,7 +424,7 @@ def train_transform(
 
 
 def load_pixels(
-    path: str | Path | TarMember | bytes,
+    path: str | Path | Member | bytes,
     size: int,
     rng: np.random.Generator | None = None,
     scale: tuple[float, float] = (0.5, 1.0),

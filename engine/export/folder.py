@@ -40,7 +40,7 @@ def export(
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"export: expected a new or empty folder, got {out}; choose another, or remove it")
-    opened = open_model(run)
+    opened = open_model(run, dtype="auto")  # the language model is written as it is stored
     language_model, tokenizer, image, how = for_export(opened.model.llm)
     config = _config(opened, language_model, image)
     whole = _assembled(opened, config, language_model)

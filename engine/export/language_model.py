@@ -39,7 +39,7 @@ def for_export(llm: LanguageModel) -> tuple[PreTrainedModel, PreTrainedTokenizer
                 single=f"$A:0 {eos}:0", pair=f"$A:0 {eos}:0 $B:1 {eos}:1", special_tokens=[(eos, llm.special.eos)]
             )
     else:
-        tokenizer.padding_side = "left"
+        tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # the second is what gets saved
         if tokenizer("a")["input_ids"][:1] != [llm.special.bos]:
             bos = tokenizer.convert_ids_to_tokens(llm.special.bos)
             tokenizer.backend_tokenizer.post_processor = TemplateProcessing(

@@ -52,6 +52,10 @@ class CausalLanguageModel(LanguageModel):
 
     def hidden_states(self, inputs: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         """inputs (rows, tokens, W), positions (rows, tokens) int64, mask (rows, 1, tokens, tokens) bool -> (rows, tokens, head width)."""
+        if self.model.config._attn_implementation == "eager":  # which adds its mask to the scores
+            mask = torch.zeros(mask.shape, dtype=inputs.dtype, device=mask.device).masked_fill_(
+                ~mask, torch.finfo(inputs.dtype).min
+            )
         return self.model.base_model(
             inputs_embeds=inputs, position_ids=positions, attention_mask=mask, use_cache=False
         ).last_hidden_state
@@ -63,8 +67,8 @@ class CausalLanguageModel(LanguageModel):
         return torch.tanh(logits / softcap) * softcap if softcap else logits
 
     def framed(self, ids: list[int], max_tokens: int) -> list[int]:
-        """`[bos] caption [newline]`; a caption over `max_tokens` (BOS included, newline not) is cut, as in the authors' code."""
-        return [self.special.bos, *ids[: max_tokens - 1], self.special.newline]
+        """`[bos] caption [newline]`; a caption over `max_tokens` (BOS and newline included) is cut and has no newline, as in LAVIS."""
+        return [self.special.bos, *ids, self.special.newline][:max_tokens]
 
     def pack(
         self, groups: list[Group], data: CaptionData, queries: int, *, row_tokens: int, rows_per_batch: int, fixed_shape: bool = False,
@@ -87,6 +91,12 @@ class CausalLanguageModel(LanguageModel):
         queries, device = prompts.shape[1], prompts.device
         ids = [[self.special.bos, *self.text_ids(text)] for text in texts]
         longest = max(len(i) for i in ids)
+        room = getattr(self.model.config, "max_position_embeddings", None)
+        if room is not None and queries + longest + settings.max_new_tokens > room:
+            raise ModelError(
+                f"max_new_tokens: expected at most {room - queries - longest} after {queries} visual tokens and a prompt of {longest}, because "
+                f"{self.path!r} has {room} positions, got {settings.max_new_tokens}"
+            )
         words = self.embed(torch.tensor([self.special.pad], device=device))
         inputs = words.new_zeros(len(ids), longest + queries, words.shape[-1])
         mask = torch.zeros(inputs.shape[:2], dtype=torch.long, device=device)
@@ -97,7 +107,7 @@ class CausalLanguageModel(LanguageModel):
             mask[row, start:] = 1
         config = self.generation_config(settings, bos_token_id=self.special.bos)
         counted = settings.beam_score == "prompt_and_generated"
-        with prompt_counts_in_beam_score(self.model, longest) if counted else contextlib.nullcontext():
+        with prompt_counts_in_beam_score(self.model, longest, self.ends) if counted else contextlib.nullcontext():
             return self.model.generate(inputs_embeds=inputs, attention_mask=mask, generation_config=config)
 
     @torch.no_grad()

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, Blip2ForConditionalGeneration, GenerationConfig
+from transformers import AutoTokenizer, Blip2ForConditionalGeneration
 from transformers.utils.logging import disable_progress_bar
 
 from ..checkpoint import CheckpointError
 from ..data.images import load_pixels, normalise
 from ..recipe import Vision
-from .llm import LanguageModel, ModelError, attention_of, load_language_model, wrap
+from .llm import LOAD_ERRORS, LanguageModel, ModelError, attention_of, check_complete, load_language_model, wrap
 from .sources import SourceInfo, describe_source, read_source
 from .tower import VisionTower
 from .vision import load_tower
@@ -30,7 +30,7 @@ class Opened:
     name: str
     model: VisionLanguageModel
     tower: VisionTower
-    weights: Path  # the folder whose safetensors files are the model, for its hash
+    weights: Path  # the folder whose weight files are the model, for its hash
     run: dict[str, Any] | None  # vl_config.json of a run
 
     @property
@@ -47,8 +47,10 @@ class Opened:
         return self.model.soft_prompts(features.to(self.model.projector.weight.dtype))
 
 
-def open_model(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Opened:
-    """The model at `path`, whole, in eval mode; `dtype` is that of the language model and the tower.
+def open_model(
+    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | Literal["auto"] = torch.float32
+) -> Opened:
+    """The model at `path`, whole, in eval mode; `dtype` is that of the language model and the tower, `auto` what is stored.
 
     A Hugging Face folder keeps its own LayerNorm eps and its own end tokens, so that it gives what transformers gives.
     Raises CheckpointError or ModelError when it is no vision-language model, or a part of it is missing.
@@ -59,16 +61,16 @@ def open_model(path: str | Path, device: str | torch.device = "cpu", dtype: torc
             f"{path}: expected a run, an export or a Hugging Face BLIP-2, got a LAVIS checkpoint, which has no language model; "
             "train from it as source.vlm, or export a run"
         )
-    opened = _open_run(Path(path), info) if info.format == "run" else _open_hugging_face(str(path), info, dtype)
-    opened.model.llm.to(device, dtype)
-    opened.tower.to(device, dtype)
+    opened = _open_run(Path(path), info, dtype) if info.format == "run" else _open_hugging_face(str(path), info, dtype)
+    opened.model.llm.to(device)
+    opened.tower.to(device, torch.float32 if dtype == "auto" else dtype)
     opened.model.vpg.to(device)
     opened.model.projector.to(device)
     opened.model.requires_grad_(False).eval()
     return opened
 
 
-def _open_run(path: Path, info: SourceInfo) -> Opened:
+def _open_run(path: Path, info: SourceInfo, dtype: torch.dtype | Literal["auto"]) -> Opened:
     config, _ = read_parts(path)
     folder = path if (path / "vl_config.json").is_file() else path / "model"
     if info.llm is None or info.projector_shape is None:
@@ -76,7 +78,7 @@ def _open_run(path: Path, info: SourceInfo) -> Opened:
             f"{path}: expected a finished vision-language run, got a VPG without a language model; name a run"
         )
     tower = load_tower(Vision.model_validate(config["vision"]))
-    llm = load_language_model(info.llm)
+    llm = load_language_model(info.llm, dtype)
     name = str(config.get("recipe") or path.name)
     return Opened(str(path), name, _assemble(path, info, tower.width, llm), tower, folder, config)
 
@@ -96,18 +98,21 @@ def _assemble(path: Path | str, info: SourceInfo, width: int, llm: LanguageModel
     return VisionLanguageModel(vpg, projector, llm)
 
 
-def _open_hugging_face(path: str, info: SourceInfo, dtype: torch.dtype) -> Opened:
+def _open_hugging_face(path: str, info: SourceInfo, dtype: torch.dtype | Literal["auto"]) -> Opened:
     tower = load_tower(Vision.model_validate({"kind": "eva_vit", "path": path}))
     if info.llm_inside:
         try:
             disable_progress_bar()
-            whole = Blip2ForConditionalGeneration.from_pretrained(path, dtype=dtype)
+            whole, report = Blip2ForConditionalGeneration.from_pretrained(path, dtype=dtype, output_loading_info=True)
             tokenizer = AutoTokenizer.from_pretrained(path)
-        except (OSError, ValueError, KeyError) as error:
+        except LOAD_ERRORS as error:
             raise ModelError(f"{path}: expected a BLIP-2 folder or hub id that transformers loads: {error}") from error
+        check_complete(report, path)
+        ends = whole.language_model.generation_config.eos_token_id  # what transformers' BLIP-2 generates with
         llm = wrap(whole.language_model, tokenizer, path)
         llm.model.set_attn_implementation(attention_of(llm.model.config))
-        _keep_end_tokens(llm, path)
+        if ends is not None:
+            llm.ends = sorted(ends) if isinstance(ends, list) else [ends]
     elif info.llm:
         llm = load_language_model(info.llm, dtype)
     else:
@@ -117,13 +122,3 @@ def _open_hugging_face(path: str, info: SourceInfo, dtype: torch.dtype) -> Opene
     model = _assemble(path, info, tower.width, llm)
     model.vpg.ln_vision.eps = tower.layer_norm_eps or model.vpg.ln_vision.eps
     return Opened(path, Path(path).name, model, tower, info.files[0].parent, None)
-
-
-def _keep_end_tokens(llm: LanguageModel, path: str) -> None:
-    """The end tokens of the folder's generation_config.json, where it has any."""
-    try:
-        ends = GenerationConfig.from_pretrained(path).eos_token_id
-    except OSError:
-        return
-    if ends is not None:
-        llm.ends = sorted(ends) if isinstance(ends, list) else [ends]

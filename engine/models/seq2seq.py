@@ -84,9 +84,9 @@ class Seq2SeqLanguageModel(LanguageModel):
         words = self.embed(padded)
         inputs = torch.cat([prompts.to(words.dtype), words], 1)
         config = self.generation_config(settings, decoder_start_token_id=self.start)
-        # The decoder's own prompt is its start token, which today's rule leaves out and the authors' counted.
+        # The decoder's own prompt is its start token, which today's rule leaves out and the authors' library version counted.
         counted = settings.beam_score == "prompt_and_generated"
-        with prompt_counts_in_beam_score(self.model, 1) if counted else contextlib.nullcontext():
+        with prompt_counts_in_beam_score(self.model, 1, self.ends) if counted else contextlib.nullcontext():
             return self.model.generate(inputs_embeds=inputs, attention_mask=mask, generation_config=config)[:, 1:]
 
     @torch.no_grad()

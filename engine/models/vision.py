@@ -103,7 +103,8 @@ def load_tower(settings: Vision) -> VisionTower:
     if settings.kind == "eva_vit":
         config = _eva_config(settings, meta=False)
         tensors = _eva_tensors(settings.path)
-        return eva_tower_from_tensors(config, tensors, str(settings.path), _norm(settings) or CLIP_NORM)
+        norm = _norm(settings) or (None if _is_file(settings.path) else _stored_norm(settings.path)) or CLIP_NORM
+        return eva_tower_from_tensors(config, tensors, str(settings.path), norm)
     config = _hf_config(settings, meta=False)
     if settings.kind == "clip_vit":
         config = hf_vision.clip_config(config, settings.blocks, str(settings.path))
@@ -247,6 +248,15 @@ def _hf_tower(module: nn.Module, config: PreTrainedConfig, settings: Vision, met
         )
     tokens, width = hf_vision.probe(module, image_size, path)
     return VisionTower(module, width, tokens, image_size, norm, path)
+
+
+def _is_file(path: Path | str) -> bool:
+    return isinstance(path, Path) and path.is_file()
+
+
+def _stored_norm(path: Path | str) -> PixelNorm | None:
+    """That of the folder's image processor, where it has one."""
+    return hf_vision.processor_norm(hf_vision.read_processor(path), str(path))
 
 
 def _given_sizes(settings: Vision) -> dict[str, Any] | None:

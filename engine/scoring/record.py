@@ -55,7 +55,9 @@ def library_versions(names: tuple[str, ...]) -> dict[str, str | None]:
 
 def checkpoint_sha256(checkpoint: Path) -> dict[str, str]:
     """File name -> SHA-256 of a model file, or of each `*.safetensors` in a folder; errors as `result_record`."""
-    files = sorted(checkpoint.glob("*.safetensors")) if checkpoint.is_dir() else [checkpoint]
+    files = [checkpoint]
+    if checkpoint.is_dir():
+        files = sorted(checkpoint.glob("*.safetensors")) or sorted(checkpoint.glob("pytorch_model*.bin"))
     if not files or not files[0].is_file():
         raise FileNotFoundError(
             f"checkpoint: expected a model file, or a folder with .safetensors files, got {checkpoint}; "

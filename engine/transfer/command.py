@@ -6,8 +6,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from ..checkpoint import write_json
-from ..models.llm import load_language_model
+from ..checkpoint import CheckpointError, write_json
 from ..models.sources import describe_source
 from ..outcome import converter_table
 from ..recipe import RecipeError, TransferRecipe
@@ -24,15 +23,18 @@ def convert(recipe: TransferRecipe, out: str | None) -> ConverterReport:
     """
     if recipe.source.vlm is None:
         raise RecipeError("source.vlm: expected the run whose projector is to be converted, got nothing")
-    target = load_language_model(recipe.target.llm)
-    converter, report, _ = fitted_converter(recipe, target)
+    info = describe_source(recipe.source.vlm, recipe.source.files)
+    if info.projector_shape is None:
+        raise CheckpointError(
+            f"source.vlm: expected a model with a projector, found none in {recipe.source.vlm}; name a finished run"
+        )
+    width, hidden = info.projector_shape
+    converter, report, _ = fitted_converter(recipe, width)
     console.print(converter_table(report))
     if out is not None:
         folder = Path(out)
         folder.mkdir(parents=True, exist_ok=True)
-        info = describe_source(recipe.source.vlm, recipe.source.files)
-        assert info.projector_shape is not None  # the converter was fitted for it
-        projector, _ = read_projector(recipe.source.vlm, info.projector_shape[1], recipe.source.files)
+        projector, _ = read_projector(recipe.source.vlm, hidden, recipe.source.files)
         merged = merge(projector, converter)
         save_file({"weight": merged.weight.detach(), "bias": merged.bias.detach()}, folder / "projector.safetensors")
         write_json(folder / "converter.json", report.to_dict())

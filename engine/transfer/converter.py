@@ -29,7 +29,7 @@ class WordConverter:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (n, d_source) -> (n, d_target) in x's dtype."""
-        return (x.double() @ self.weight.T + self.bias).to(x.dtype)
+        return (x.double() @ self.weight.T.to(x.device) + self.bias.to(x.device)).to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ def same_embeddings(source: HasWords, target: HasWords) -> bool:
 
 
 def fit_converter(
-    source: HasWords, target: HasWords, settings: Converter, seed: int
+    source: HasWords, target: HasWords, settings: Converter, seed: int, device: torch.device | str = "cpu"
 ) -> tuple[WordConverter | None, ConverterReport]:
-    """Fit on the shared tokens of two language models; (None, report) where their embeddings are the same.
+    """Fit on the shared tokens of two language models, on `device`; (None, report) where their embeddings are the same.
 
     Raises ModelError when fewer than 16 tokens are shared.
     """
@@ -74,8 +74,11 @@ def fit_converter(
             "set initialise.projector to random"
         )
     index = torch.tensor(pairs)
-    x, y = source.word_embeddings().cpu().double()[index[:, 0]], target.word_embeddings().cpu().double()[index[:, 1]]
-    return fit(x, y, settings, seed)
+    x, y = (
+        words.word_embeddings()[index[:, side].to(words.word_embeddings().device)]
+        for side, words in enumerate((source, target))
+    )
+    return fit(x.double().to(device), y.double().to(device), settings, seed)
 
 
 def fit(x: Tensor, y: Tensor, settings: Converter, seed: int) -> tuple[WordConverter, ConverterReport]:
@@ -96,10 +99,11 @@ def fit(x: Tensor, y: Tensor, settings: Converter, seed: int) -> tuple[WordConve
         judged = final = fit_sgd_cosine(x[kept], y[kept], settings, seed)
     judge = held if len(held) else kept
     converted = judged(x[judge])
-    nearest = (F.normalize(converted, dim=1) @ F.normalize(y, dim=1).T).argmax(1)
+    targets = F.normalize(y, dim=1)
+    nearest = torch.cat([(rows @ targets.T).argmax(1) for rows in F.normalize(converted, dim=1).split(512)])
     report = ConverterReport(
         settings.method, len(x), len(held), _cosine(converted, y[judge]), _cosine(judged(x[kept]), y[kept]),
-        (nearest == judge).double().mean().item(), (converted.norm(dim=1) / y[judge].norm(dim=1)).mean().item(), ridge,
+        (nearest.cpu() == judge).double().mean().item(), (converted.norm(dim=1) / y[judge].norm(dim=1)).mean().item(), ridge,
     )  # fmt: skip
     return final, report
 
@@ -115,7 +119,7 @@ def fit_ridge(x: Tensor, y: Tensor, ridge: float) -> WordConverter:
     gram = centred.T @ centred
     gram.diagonal().add_(ridge * gram.diagonal().mean())
     weight = torch.linalg.solve(gram, centred.T @ (y - y_mean)).T.contiguous()
-    return WordConverter(weight, y_mean - weight @ x_mean)
+    return WordConverter(weight.cpu(), (y_mean - weight @ x_mean).cpu())
 
 
 def fit_sgd_cosine(x: Tensor, y: Tensor, settings: Converter, seed: int) -> WordConverter:
@@ -126,8 +130,10 @@ def fit_sgd_cosine(x: Tensor, y: Tensor, settings: Converter, seed: int) -> Word
     x, y = x.float(), y.float()
     generator = torch.Generator().manual_seed(seed)
     bound = x.shape[1] ** -0.5
-    weight = torch.empty(y.shape[1], x.shape[1]).uniform_(-bound, bound, generator=generator).requires_grad_()
-    bias = torch.empty(y.shape[1]).uniform_(-bound, bound, generator=generator).requires_grad_()
+    weight = (
+        torch.empty(y.shape[1], x.shape[1]).uniform_(-bound, bound, generator=generator).to(x.device).requires_grad_()
+    )
+    bias = torch.empty(y.shape[1]).uniform_(-bound, bound, generator=generator).to(x.device).requires_grad_()
     optimizer = torch.optim.SGD([weight, bias], lr=settings.sgd_learning_rate)
     for _ in range(settings.sgd_steps):
         picks = torch.randint(len(x), (min(settings.sgd_batch_tokens, len(x)),), generator=generator)
@@ -135,7 +141,7 @@ def fit_sgd_cosine(x: Tensor, y: Tensor, settings: Converter, seed: int) -> Word
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-    return WordConverter(weight.detach().double(), bias.detach().double())
+    return WordConverter(weight.detach().double().cpu(), bias.detach().double().cpu())
 
 
 def _cosine(a: Tensor, b: Tensor) -> float:

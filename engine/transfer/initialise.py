@@ -43,16 +43,21 @@ class Origins:
 
 
 def build_model(
-    recipe: TransferRecipe, tower: VisionTower, dtype: torch.dtype = torch.float32
+    recipe: TransferRecipe,
+    tower: VisionTower,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    resumes: bool = False,
 ) -> tuple[VisionLanguageModel, Origins]:
     """The vision-language model of a recipe, before its first stage, on the CPU: what trains in float32, the language model in `dtype`.
 
+    device: where the word converter is fitted.  resumes: a checkpoint will bring the projector, so no converter is fitted.
     Raises ModelError or CheckpointError, before any training, when a part is missing or does not fit.
     """
     llm = load_language_model(recipe.target.llm, dtype)
     origins = Origins("", "", llm.path, tower.path)
     vpg = _build_vpg(recipe, tower.width, origins)
-    projector = _build_projector(recipe, vpg, llm, origins)
+    projector = _build_projector(recipe, vpg, llm, origins, device, resumes)
     return VisionLanguageModel(vpg, projector, llm), origins
 
 
@@ -79,11 +84,13 @@ def _with_dropout(vpg: VPG, dropout: float) -> VPG:
     return fresh
 
 
-def _build_projector(recipe: TransferRecipe, vpg: VPG, llm: LanguageModel, origins: Origins) -> nn.Linear:
+def _build_projector(
+    recipe: TransferRecipe, vpg: VPG, llm: LanguageModel, origins: Origins, device: torch.device | str, resumes: bool
+) -> nn.Linear:
     width = vpg.config.hidden_size
     choice = recipe.initialise.projector
-    if choice == "random":
-        origins.projector = "random"
+    if choice == "random" or resumes:
+        origins.projector = "the checkpoint" if resumes else "random"
         return nn.Linear(width, llm.hidden_width)
     assert recipe.source.vlm is not None
     projector, report = read_projector(recipe.source.vlm, width, recipe.source.files)
@@ -96,12 +103,7 @@ def _build_projector(recipe: TransferRecipe, vpg: VPG, llm: LanguageModel, origi
             )
         origins.projector = f"{recipe.source.vlm}"
         return projector
-    converter, origins.converter, words = fitted_converter(recipe, llm)
-    if words.hidden_width != projector.out_features:
-        raise CheckpointError(
-            f"source.llm: expected a language model of width {projector.out_features}, as the projector of {recipe.source.vlm} has, "
-            f"got {words.path!r} of width {words.hidden_width}; name the language model that it was trained with"
-        )
+    converter, origins.converter, words = fitted_converter(recipe, projector.out_features, device)
     origins.source_projector, origins.source_words = projector, words.word_embeddings()
     origins.projector = f"{recipe.source.vlm}, merged with the {origins.converter.method} word converter"
     return merge(projector, converter)
@@ -138,11 +140,12 @@ def read_projector(place: Path | str, width: int, files: Sequence[Path] = ()) ->
 
 
 def fitted_converter(
-    recipe: TransferRecipe, llm: LanguageModel
+    recipe: TransferRecipe, source_width: int, device: torch.device | str = "cpu"
 ) -> tuple[WordConverter | None, ConverterReport, HasWords]:
-    """The converter of a recipe from its source's language model, whose words are returned too.
+    """The converter of a recipe, from the words of its source's language model (returned too) to those of the target, as they are stored.
 
-    Raises ModelError or CheckpointError when the source's language model is not known.
+    source_width: of the projector that it will be merged into.  Raises ModelError or CheckpointError when the source's language model is not
+    known, or has another width.
     """
     assert recipe.source.vlm is not None
     name = recipe.source.llm
@@ -154,4 +157,9 @@ def fitted_converter(
             f"source.llm: expected the language model that {recipe.source.vlm} was trained with, because it names none; got nothing"
         )
     words = load_words(name)
-    return *fit_converter(words, llm, recipe.converter, recipe.seed), words
+    if words.hidden_width != source_width:
+        raise CheckpointError(
+            f"source.llm: expected a language model of width {source_width}, as the projector of {recipe.source.vlm} has, "
+            f"got {words.path!r} of width {words.hidden_width}; name the language model that it was trained with"
+        )
+    return *fit_converter(words, load_words(recipe.target.llm), recipe.converter, recipe.seed, device), words

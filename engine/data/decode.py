@@ -1,0 +1,67 @@
+"""Batches of training pixels: the native decoder for JPEGs, Pillow for everything else, the same pixels as `load_pixels` gives one by one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import Executor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...kernels.image_decode import DecodeCode, decode_batch, image_decode_unsupported_reason
+from .beton_member import BetonMember
+from .images import Member, crop_box, load_pixels, read_bytes
+from .jpeg_header import jpeg_header
+
+_EXIF_WITHIN = 65_536  # an EXIF block stands in the first segments
+
+
+def load_batch(
+    sources: Sequence[str | os.PathLike[str] | Member],
+    size: int,
+    rngs: Sequence[np.random.Generator | None],
+    pool: Executor,
+    threads: int | None = None,
+) -> Tensor:
+    """uint8 (images, 3, size, size): each image with the eval transform, or, with a generator, randomly cropped and flipped.
+
+    threads: of the native decoder; default: one a core.  Where that is missing, and for what it does not take (other formats, EXIF blocks that may
+    turn the picture), `pool` decodes by Pillow.  Raises ImageRefused as `load_pixels` does.
+    """
+    out = torch.empty(len(sources), 3, size, size, dtype=torch.uint8)
+    native: list[int] = []
+    contents: list[bytes] = []
+    boxes, flips = np.zeros((len(sources), 4), np.int64), np.zeros(len(sources), bool)
+    if image_decode_unsupported_reason() is None:
+        for index, content in enumerate(pool.map(_jpeg_bytes, sources)):
+            if content is None:
+                continue
+            rng = rngs[index]
+            if rng is not None:  # the same draws in the same order as `train_pixels`
+                header = jpeg_header(content)
+                assert header is not None  # _jpeg_bytes has read it
+                state = rng.bit_generator.state
+                boxes[index] = crop_box(header.width, header.height, rng)
+                flips[index] = rng.random() < 0.5
+                rng.bit_generator.state = state  # should Pillow have to do it after all
+            native.append(index)
+            contents.append(content)
+    if native:
+        pixels, codes = decode_batch(contents, boxes[native], flips[native], size, threads=threads)
+        out[native] = pixels
+        native = [index for index, code in zip(native, codes, strict=True) if code == DecodeCode.OK]
+    others = sorted(set(range(len(sources))) - set(native))
+    for index, pixels in zip(others, pool.map(lambda i: load_pixels(sources[i], size, rngs[i]), others), strict=True):
+        out[index] = pixels
+    return out
+
+
+def _jpeg_bytes(source: str | os.PathLike[str] | Member) -> bytes | None:
+    """The content of a plain JPEG whose stored size is its upright size; None for Pillow's business."""
+    if isinstance(source, BetonMember) and source.raw_size is not None:
+        return None
+    content = read_bytes(source)
+    header = jpeg_header(content)
+    return content if header and header.is_plain and b"Exif" not in content[:_EXIF_WITHIN] else None

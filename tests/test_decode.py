@@ -1,0 +1,56 @@
+"""Batches against images one by one: bit for bit, whatever the format."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vpgtrans.engine.data import decode
+from vpgtrans.engine.data.decode import load_batch
+from vpgtrans.engine.data.images import ImageRefused, load_pixels, sample_rng
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """JPEGs of several kinds and sizes, one of them stored on its side, a grey one, a CMYK one, and a PNG."""
+    folder, rng, made = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0), []
+    for n, (width, height) in enumerate(
+        [(61, 40), (200, 333), (480, 360), (31, 90), (224, 224), (97, 64), (80, 80), (50, 70)]
+    ):
+        small = Image.fromarray(rng.integers(0, 256, (height // 9 + 1, width // 9 + 1, 3), np.uint8))
+        image = small.resize((width, height), Image.Resampling.BICUBIC)
+        kind = {4: "L", 5: "CMYK"}.get(n, "RGB")
+        path = folder / f"{n}.{'png' if n == 6 else 'jpg'}"
+        exif = Image.Exif()
+        exif[0x0112] = 6 if n == 3 else 1
+        image.convert(kind).save(path, **({"exif": exif} if n in (3, 7) else {}), **({"quality": 90} if n != 6 else {}))
+        made.append(path)
+    return made
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("augmented", [True, False])
+def test_a_batch_is_its_images(native, augmented, pictures, monkeypatch):
+    if not native:
+        monkeypatch.setattr(decode, "image_decode_unsupported_reason", lambda: "not built")
+    elif reason := decode.image_decode_unsupported_reason():
+        pytest.skip(reason)
+
+    def rngs():
+        return [sample_rng(1, 0, n) if augmented and n != 2 else None for n in range(len(pictures))]
+
+    with ThreadPoolExecutor(2) as pool:
+        batch = load_batch(pictures, 48, rngs(), pool)
+    assert torch.equal(batch, torch.stack([load_pixels(p, 48, r) for p, r in zip(pictures, rngs(), strict=True)]))
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xd8\xff\xe0 no picture", "cut"])
+def test_a_bad_image_is_named(content, pictures, tmp_path):
+    whole = pictures[2].read_bytes()
+    (tmp_path / "bad.jpg").write_bytes(whole[: len(whole) // 2] if content == "cut" else content)
+    with ThreadPoolExecutor(2) as pool, pytest.raises(ImageRefused, match=r"bad\.jpg"):
+        load_batch([pictures[0], tmp_path / "bad.jpg"], 48, [None, None], pool)

@@ -88,7 +88,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _pack_command(commands) -> None:
-    pack = commands.add_parser("pack", help="captioned images into .beton shards (FFCV's format) that recipes train from")
+    pack = commands.add_parser(
+        "pack", help="captioned images into .beton shards (FFCV's format) that recipes train from"
+    )
     pack.add_argument("source", help="caption file; tar, folder of tars or pattern")
     pack.add_argument("out", help="folder for the shards, index.json and refused.json; the same command resumes")
     pack.add_argument("--images", metavar="FOLDER", help="folder that image names start at; none for tars")
@@ -104,7 +106,9 @@ def _pack_command(commands) -> None:
     size = pack.add_mutually_exclusive_group()
     size.add_argument("--max-side", type=int, metavar="N", help="shrink to at most N pixels on the longer side")
     size.add_argument("--shorter-side", type=int, metavar="N", help="shrink to at most N pixels on the shorter side")
-    pack.add_argument("--raw", action="store_true", help="store pixels instead of JPEGs: quickest to read, 14 x the disk")
+    pack.add_argument(
+        "--raw", action="store_true", help="store pixels instead of JPEGs: quickest to read, 14 x the disk"
+    )
     pack.add_argument("--page-mib", type=int, default=8, metavar="N", help="page of the format, the largest sample")
     pack.add_argument("--jobs", type=int, metavar="N", help="threads; default: one a core")
     pack.add_argument("--limit", type=int, metavar="N", help="only the first N images of the source")

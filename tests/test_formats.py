@@ -364,7 +364,7 @@ def test_plain_coco_is_recognised_and_folders_explained(tmp_path: Path) -> None:
 
 
 def test_recipe_and_reader_know_the_same_formats() -> None:
-    assert typing.get_args(ImageData.model_fields["format"].annotation) == formats.CAPTION_FORMATS
+    assert typing.get_args(ImageData.model_fields["format"].annotation) == (*formats.CAPTION_FORMATS, "pack")
     with pytest.raises(ValueError, match="format"):
         ImageData(captions="a.json", images=".", format="voc")
     with pytest.raises(DataError, match="format: expected one of auto, coco"):

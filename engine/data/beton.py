@@ -324,13 +324,8 @@ class BetonReader:
         return self._search(sample, pointer)
 
     def _search(self, sample: int, pointer: int) -> list[int]:
-        """The same by binary search: in the table as it stands, then in its sorted order."""
-        sizes = self._search_in(None, sample, pointer)
-        if not sizes and (order := self._sorted_order()) is not None:
-            sizes = self._search_in(order, sample, pointer)
-        return sizes
-
-    def _search_in(self, order: np.ndarray | None, sample: int, pointer: int) -> list[int]:
+        """The same by binary search in the order of the samples."""
+        order = self._sorted_order()
         ids, everything = self._table["sample"], range(len(self._table))
 
         def id_at(position: int) -> int:

@@ -55,7 +55,9 @@ class LiveFeatures(FeatureSource):
     def prepare(self, groups: list[Group]) -> Tensor:
         records = [self.data.records[g.image] for g in groups]
         rngs = [
-            sample_rng(self.seed, g.epoch, r.image_id) if self.transform == "train" and g.image not in self.fixed else None
+            sample_rng(self.seed, g.epoch, r.image_id)
+            if self.transform == "train" and g.image not in self.fixed
+            else None
             for g, r in zip(groups, records, strict=True)
         ]
         pixels = load_batch([r.path for r in records], self.tower.image_size, rngs, self._pool, torch.get_num_threads())

@@ -232,11 +232,14 @@ def prepare_image(path: str | os.PathLike[str] | TarMember, settings: PackSettin
     if size != rgb.size:
         rgb = rgb.resize(size, Image.Resampling.BICUBIC)
     if max(size) > JPEG_SIDE_LIMIT:
-        raise ImageRefused("too_many_pixels", str(path), f"{size[0]} x {size[1]}, a side of {JPEG_SIDE_LIMIT:,} is the limit")
+        raise ImageRefused(
+            "too_many_pixels", str(path), f"{size[0]} x {size[1]}, a side of {JPEG_SIDE_LIMIT:,} is the limit"
+        )
     if settings.raw:
         return np.asarray(rgb)
     buffer = io.BytesIO()
-    rgb.save(buffer, "JPEG", quality=JPEG_QUALITY)
+    # a JPEG has lost its fine colour already; a palette's dots would be lost here
+    rgb.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling="4:2:0" if jpeg_header(content) else "4:4:4")
     return buffer.getvalue()
 
 
@@ -307,7 +310,11 @@ def main(options: argparse.Namespace) -> int:
             answers=options.answers, limit=options.limit,
         )  # fmt: skip
     except (OSError, KeyboardInterrupt) as error:
-        what = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{error.strerror or error}: {error.filename or options.out}"
+        what = (
+            "interrupted"
+            if isinstance(error, KeyboardInterrupt)
+            else f"{error.strerror or error}: {error.filename or options.out}"
+        )
         remedy = "free some space and " if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) else ""
         print(f"pack stopped: {what}; {remedy}run the same command again: finished shards are kept", file=sys.stderr)
         return 1

@@ -67,7 +67,9 @@ def read_source(
             raise DataError(
                 f"images, split: expected neither, because the tars of {source} hold both images and captions"
             )
-        samples, report = read_tars(source, max_words=None, verify_images="none", limit=limit, max_refused_share=max_refused_share)
+        samples, report = read_tars(
+            source, max_words=None, verify_images="none", limit=limit, max_refused_share=max_refused_share
+        )
         items = [PackItem(s.image, {"image_id": s.image_id, "captions": [s.caption]}) for s in samples]
         files = [_stamp(tar) for tar in expand_tars(source) if tar.is_file()]
         keeps_captions = False

@@ -81,11 +81,16 @@ def read_index(path: str | os.PathLike[str]) -> PackIndex:
     source = _index_path(path)
     value, _ = read_json(source, _EXPECTED)
     if not isinstance(value, dict) or value.get("format") != PACK_FORMAT or value.get("version") != PACK_VERSION:
-        got = f"format {value.get('format')!r}, version {value.get('version')!r}" if isinstance(value, dict) else kind(value)
+        got = (
+            f"format {value.get('format')!r}, version {value.get('version')!r}"
+            if isinstance(value, dict)
+            else kind(value)
+        )
         raise DataError(f"{source}: expected {_EXPECTED} (version {PACK_VERSION}), got {got}; pack the source again")
     try:
         shards = tuple(
-            PackShard(str(s["file"]), int(s["samples"]), int(s["bytes"]), str(s["header_sha256"])) for s in value["shards"]
+            PackShard(str(s["file"]), int(s["samples"]), int(s["bytes"]), str(s["header_sha256"]))
+            for s in value["shards"]
         )
         index = PackIndex(source.parent, str(value["name"]), bool(value["keeps_captions"]), shards)
     except (KeyError, TypeError, ValueError) as error:

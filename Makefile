@@ -70,6 +70,7 @@ $(STAMP): setup.py pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc
 	@$(PIP_INSTALL) -c constraints.txt setuptools cmake ninja pybind11
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP_INSTALL) --no-build-isolation -c constraints.txt -e '.[test,lint]'
 	@touch $@
+	@echo "Installed. The command is $(BIN)/vpgtrans; to have it on PATH: source $(BIN)/activate"
 
 # Prints the version and what is missing for a virtual environment and for compiling an extension; fails below 3.11.
 define PROBE

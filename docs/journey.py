@@ -25,6 +25,7 @@ from transformers import (
     OPTConfig,
     OPTForCausalLM,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from vpgtrans.engine.cli import main as vpgtrans
 from vpgtrans.engine.data.images import read_image
@@ -154,6 +155,7 @@ def recipe(root: Path) -> Path:
 
 
 def main(folder: str | None = None) -> None:
+    disable_progress_bar()
     root = Path(folder or tempfile.mkdtemp(prefix="journey-")).resolve()
     root.mkdir(parents=True, exist_ok=True)
     make_inputs(root)

@@ -4,24 +4,33 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .data.images import check_image
+from .data.images import ImageRefused, check_image
 from .data.reading import DataError
 from .models.llm import ModelError
 from .models.opening import Opened, open_model
 from .recipe import Generation
 
+DEFAULT_SHORTEST = Generation().min_new_tokens
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 def main(options: argparse.Namespace) -> int:
-    """Caption, print a line an image or one JSON object; returns 0.  DataError for an image that cannot be read, before anything is loaded."""
-    images = find_images(options.images)
+    """Caption, print a line an image or one JSON object; returns 0, or 1 when some images were refused (named on stderr).
+
+    DataError, before anything is loaded, where nothing can be captioned.
+    """
+    images, refused = find_images(options.images)
+    for refusal in refused:
+        print(f"refused: {refusal}", file=sys.stderr)
+    if not images:
+        raise DataError(f"images: expected at least one that can be read, all {len(refused)} were refused")
     settings = generation_of(options)
     opened = open_model(options.model, *placement(options.device, options.precision))
     results = list(captions(opened, images, settings, options.prompt, options.batch_images))
@@ -36,13 +45,20 @@ def main(options: argparse.Namespace) -> int:
     else:
         for result in results:
             print(f"{result['image']}: {result['caption']}")
-    return 0
+    return 1 if refused else 0
 
 
 def generation_of(options: argparse.Namespace) -> Generation:
     """The generation settings of a command line; ValueError (of pydantic) for values out of range."""
+    shortest = (
+        min(DEFAULT_SHORTEST, options.max_new_tokens) if options.min_new_tokens is None else options.min_new_tokens
+    )
+    if shortest > options.max_new_tokens:
+        raise DataError(
+            f"--min-new-tokens: expected at most --max-new-tokens ({options.max_new_tokens}), got {shortest}"
+        )
     return Generation(
-        num_beams=options.num_beams, max_new_tokens=options.max_new_tokens, min_new_tokens=options.min_new_tokens,
+        num_beams=options.num_beams, max_new_tokens=options.max_new_tokens, min_new_tokens=shortest,
         length_penalty=options.length_penalty, beam_score=options.beam_score,
     )  # fmt: skip
 
@@ -81,8 +97,8 @@ def trimmed(ids: list[int], ends: Sequence[int]) -> list[int]:
     return ids
 
 
-def find_images(given: Sequence[str]) -> list[Path]:
-    """Files, and the image files of folders in order of name; DataError naming what is missing or no image."""
+def find_images(given: Sequence[str]) -> tuple[list[Path], list[ImageRefused]]:
+    """Files, and the image files of folders in order of name, and what cannot be read; DataError naming what is not there."""
     found: list[Path] = []
     for name in given:
         path = Path(name)
@@ -97,6 +113,11 @@ def find_images(given: Sequence[str]) -> list[Path]:
             found.append(path)
         else:
             raise DataError(f"images: expected an image file or a folder of images, found nothing at {path}")
+    readable, refused = [], []
     for path in found:
-        check_image(path)
-    return found
+        try:
+            check_image(path)
+            readable.append(path)
+        except ImageRefused as refusal:
+            refused.append(refusal)
+    return readable, refused

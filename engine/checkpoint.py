@@ -132,6 +132,14 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def readable(*paths: Path) -> None:
+    """The usual permissions: safetensors leaves its files to their owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in paths:
+        path.chmod(0o666 & ~mask)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON under its final name only when whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -122,7 +122,7 @@ def _model_commands(commands) -> None:
     caption.add_argument("model", help="run folder, export, or Hugging Face BLIP-2 folder or hub id")
     caption.add_argument("images", nargs="+", help="image files or folders of them")
     caption.add_argument("--prompt", default="", help="text after the image, such as 'Question: what is it? Answer:'")
-    _generation_options(caption, 30, 7, 1.0)
+    _generation_options(caption, 30, 1.0, "7, or the most where that is less")
     caption.set_defaults(run=_caption)
     evaluate = commands.add_parser("eval", help="predict a whole data set with a model and score it")
     evaluate.add_argument("model", help="run folder, export, or Hugging Face BLIP-2 folder or hub id")
@@ -138,7 +138,7 @@ def _model_commands(commands) -> None:
     evaluate.add_argument("--prompt", help="another prompt; {} stands for the question")
     evaluate.add_argument("--lemmatise", action="store_true", help="okvqa: lemmatise the answers, as the authors do")
     evaluate.add_argument("--out", required=True, help="folder for predictions.json and result.json")
-    _generation_options(evaluate, None, None, None)
+    _generation_options(evaluate, None, None, "captions 7, answers 0")
     evaluate.set_defaults(run=_evaluate)
     export = commands.add_parser("export", help="write a run as a Hugging Face BLIP-2 folder that transformers loads")
     export.add_argument("model", metavar="run", help="a finished run")
@@ -146,7 +146,7 @@ def _model_commands(commands) -> None:
     export.add_argument(
         "--without-llm", action="store_true", help="name the language model instead of holding its weights"
     )
-    export.add_argument("--max-shard-size", default="5GB")
+    export.add_argument("--max-shard-size", default="5GB", help="such as 5GB or 500MB; default: %(default)s")
     export.set_defaults(run=_export)
 
 
@@ -164,17 +164,34 @@ def _chat_command(commands) -> None:
     chat.set_defaults(run=_chat)
 
 
-def _generation_options(command: argparse.ArgumentParser, longest, shortest, penalty) -> None:
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+_positive.__name__ = "positive integer"  # argparse names it in its message
+
+
+def _generation_options(
+    command: argparse.ArgumentParser, longest: int | None, penalty: float | None, shortest: str
+) -> None:
     """The reference's settings by default; None where a task has its own."""
-    command.add_argument("--num-beams", type=int, default=5)
-    command.add_argument("--max-new-tokens", type=int, default=longest)
-    command.add_argument("--min-new-tokens", type=int, default=shortest)
-    command.add_argument("--length-penalty", type=float, default=penalty)
+    own = "captions {}, answers {}"
+    command.add_argument("--num-beams", type=_positive, default=5, help="default: %(default)s")
+    command.add_argument(
+        "--max-new-tokens", type=_positive, default=longest, help=f"default: {longest or own.format(30, 10)}"
+    )
+    command.add_argument("--min-new-tokens", type=int, help=f"default: {shortest}")
+    command.add_argument(
+        "--length-penalty", type=float, default=penalty, help=f"default: {penalty or own.format(1.0, -1.0)}"
+    )
     command.add_argument(
         "--beam-score", choices=("generated", "prompt_and_generated"), default="generated",
         help="length that divides a beam's score; the reference's library version counted the text prompt too",
     )  # fmt: skip
-    command.add_argument("--batch-images", type=int, default=16)
+    command.add_argument("--batch-images", type=_positive, default=16, help="images at a time; default: %(default)s")
     command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     command.add_argument(
         "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on a GPU, fp32 on the CPU"
@@ -264,7 +281,9 @@ def _pretrain(options: argparse.Namespace) -> int:
 def _convert(options: argparse.Namespace) -> int:
     from .recipe import load_recipe
 
-    recipe = load_recipe(options.recipe, options.overrides, kinds=("transfer",))
+    recipe = load_recipe(  # the data are not read
+        options.recipe, options.overrides, kinds=("transfer",), check_files=False, keep_unset_variables=True
+    )
     from .transfer.command import convert
 
     convert(recipe, options.out)

@@ -58,8 +58,9 @@ class Watch:
                 value=loss / self.warm_up_end, step=step,
             )  # fmt: skip
 
-    def captions(self, distinct: float, step: int) -> None:
-        if distinct < COLLAPSED:
+    def captions(self, distinct: float, count: int, step: int) -> None:
+        """distinct: share of different captions among `count`."""
+        if count > 1 and (distinct < COLLAPSED or round(distinct * count) == 1):
             self.log.warn(
                 "captions_collapse",
                 f"only {distinct:.0%} of the captions differ; the language model ignores its visual prompt",

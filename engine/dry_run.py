@@ -30,7 +30,7 @@ from .models.tower import VisionTower
 from .models.vision import build_tower_on_meta
 from .models.vlm import VisionLanguageModel
 from .models.vpg import VPG
-from .recipe import QFormerConfig, RecipeError, Stage, TransferRecipe, missing_files
+from .recipe import WEIGHT_SUFFIXES, QFormerConfig, RecipeError, Stage, TransferRecipe, missing_files
 
 GIB = 2**30
 CAPTION_TOKENS = 13  # of a COCO caption, BOS and newline counted
@@ -95,6 +95,18 @@ def make_plan(recipe: TransferRecipe) -> Plan:
     if recipe.precision == "bf16":
         compute_dtype = torch.bfloat16
     notes: list[str] = []
+    absent = dict(missing_files(recipe))
+    has_sizes = {"vision.path": recipe.vision.architecture or recipe.vision.config, "target.llm": recipe.target.config}
+    for key, sizes in has_sizes.items():
+        if key in absent and not sizes and absent[key].suffix not in WEIGHT_SUFFIXES:
+            made = (
+                f"; make it with `{recipe.inputs_from}`"
+                if recipe.inputs_from
+                else "; correct the path, or give its sizes in the recipe"
+            )
+            raise ModelError(
+                f"{key}: expected a folder whose sizes can be read, found none at {str(absent[key])!r}{made}"
+            )
     tower = build_tower_on_meta(recipe.vision)
     llm = language_model_on_meta(recipe, notes)
     qformer, source = _qformer(recipe, tower)

@@ -92,9 +92,11 @@ def main(options: argparse.Namespace) -> int:
 def _settings(options: argparse.Namespace) -> Generation:
     """The task's defaults, with what the command line gives."""
     given = DEFAULTS[options.task]
-    for name in ("num_beams", "max_new_tokens", "min_new_tokens", "length_penalty"):
+    for name in ("num_beams", "max_new_tokens", "length_penalty"):
         if getattr(options, name) is None:
             setattr(options, name, getattr(given, name))
+    if options.min_new_tokens is None:
+        options.min_new_tokens = min(given.min_new_tokens, options.max_new_tokens)
     return generation_of(options)
 
 

@@ -140,8 +140,11 @@ def _state(checkpoint: Path) -> dict[str, Any]:
 def _prepare(recipe: TransferRecipe, runtime: Runtime, log: RunLog, progress: Progress) -> Run:
     tower = load_tower(recipe.vision)
     model, origins = build_model(recipe, tower, runtime.compute_dtype, runtime.device, progress.step > 0)
-    for report in origins.loaded:
-        log.say(f"{report.path}:\n  " + "\n  ".join(report.lines()))
+    for path in dict.fromkeys(report.path for report in origins.loaded):
+        lines = dict.fromkeys(line for report in origins.loaded if report.path == path for line in report.lines())
+        # What the recipe has from elsewhere is neither missing nor worth a line.
+        said = [line for line in lines if not line.startswith("missing") and "not asked for" not in line]
+        log.say(f"{path}:\n  " + "\n  ".join(said))
     layout = recipe.data
     sets, subsets, fixed, at = [], {}, set(), 0
     for entry in layout.train:

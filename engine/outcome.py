@@ -154,7 +154,7 @@ def finish(this: Run) -> dict[str, Any]:
     scores: dict[str, float] = {}
     if recipe.evaluation.generate_images:
         scores, captions = this.validator.captions(this.model)
-        this.watch.captions(scores["distinct_captions"], progress.step)
+        this.watch.captions(scores["distinct_captions"], len(captions), progress.step)
         answer_scores, answers = this.validator.answers(this.model)
         scores.update(answer_scores)
         if this.runtime.is_main:

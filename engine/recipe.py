@@ -619,6 +619,8 @@ def _mark(value: Any, folder: Path) -> Any:
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
+        if key == "target" and isinstance(value, dict) and "llm" in value and isinstance(merged.get(key), dict):
+            merged[key] = {k: v for k, v in merged[key].items() if k != "config"}  # sizes of another model
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = _merge(merged[key], value) if both else value
     return merged
@@ -650,6 +652,8 @@ def _apply(values: dict[str, Any], override: str) -> None:
         node[_index(node, last, key)] = value
     else:
         node[last] = value
+        if key == "target.llm":  # its sizes were those of another model
+            node.pop("config", None)
 
 
 def _index(items: list[Any], part: str, where: str) -> int:

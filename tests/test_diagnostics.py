@@ -54,8 +54,15 @@ def test_regression_in_stage_2(watch):
 
 @pytest.mark.parametrize(("distinct", "names"), [(0.05, ["captions_collapse"]), (0.1, []), (0.9, [])])
 def test_collapsed_captions(watch, distinct, names):
-    watch.captions(distinct, 1)
+    watch.captions(distinct, 100, 1)
     assert given(watch) == names
+
+
+def test_one_caption_for_a_few_images(watch):
+    watch.captions(1.0, 1, 1)
+    assert given(watch) == []
+    watch.captions(1 / 8, 8, 1)
+    assert given(watch) == ["captions_collapse"]
 
 
 @pytest.mark.parametrize(

@@ -220,6 +220,14 @@ def test_mistakes_end_with_2(override, words, capsys):
     assert "Traceback" not in captured.err
 
 
+def test_a_demo_whose_parts_are_not_made_yet_says_how(capsys):
+    """A local folder that is not there is no hub id."""
+    arguments = ["train", str(RECIPES / "demo.yaml"), "--dry-run", "vision.path=/nowhere/vision"]
+    assert main(arguments) == 2
+    message = capsys.readouterr().err
+    assert "vision.path" in message and "make demo" in message and "Repo id" not in message
+
+
 def test_epochs_that_cannot_be_counted_name_the_stage(capsys):
     path = RECIPES / "table3" / "opt_125m_to_350m.yaml"
     assert main(["train", str(path), "--dry-run", "stages.0.pairs=null", "stages.0.epochs=1"]) == 2

@@ -261,6 +261,10 @@ def test_without_the_language_model(make_run, photos, tmp_path):
     assert main(["export", str(run), str(tmp_path / "out"), "--without-llm"]) == 0
     stored = {n for f in (tmp_path / "out").glob("*.safetensors") for n in keys(f)}
     assert stored and not any(n.startswith("language_model") for n in stored)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert (
+        "vpgtrans caption" in card and "from_pretrained" not in card
+    )  # which would fill the language model with random numbers
     opened = open_model(tmp_path / "out")
     assert opened.model.llm.path == str(run.parent / "llm")
     settings = Generation(num_beams=2, max_new_tokens=6, min_new_tokens=0)
@@ -317,6 +321,29 @@ def test_what_cannot_be_exported(make_run, tmp_path, measuring_data, capsys):
     assert "nothing there" in capsys.readouterr().err
 
 
+def test_a_bad_image_among_good_ones_is_named_and_the_others_captioned(make_run, photos, tmp_path, capsys):
+    (tmp_path / "cut.png").write_bytes(photos[1].read_bytes()[:60])
+    settings = [
+        "--num-beams",
+        "1",
+        "--max-new-tokens",
+        "3",
+        "--json",
+    ]  # a shortest length above the longest is lowered, not warned of
+    assert main(["caption", str(make_run("opt")), str(photos[0]), str(tmp_path / "cut.png"), *settings]) == 1
+    shown = capsys.readouterr()
+    assert [c["image"] for c in json.loads(shown.out)["captions"]] == [str(photos[0])]
+    assert "cut.png" in shown.err and "Unfeasible" not in shown.err
+
+
+def test_an_export_is_readable_by_others(make_run, tmp_path):
+    """safetensors leaves 0600."""
+    export(make_run("opt"), tmp_path / "out")
+    modes = {p.stat().st_mode & 0o777 for p in (tmp_path / "out").iterdir()}
+    (tmp_path / "plain").write_text("")
+    assert modes == {(tmp_path / "plain").stat().st_mode & 0o777}
+
+
 @pytest.mark.parametrize("name", ["gone.jpg", "broken.jpg"])
 def test_a_bad_image_is_said_before_the_model_is_loaded(name, tmp_path, capsys):
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 not a picture")
@@ -356,7 +383,7 @@ def test_eval_of_run_and_export(tiny_recipe, tiny_world, tmp_path, capsys):
     tasks = {
         "caption": [str(world / "captions_val.json"), "--limit", "4"],
         "vqa": [
-            str(world / "answers_val.json"), *questions, "--prompt", "question: {} answer:", "--image-name", "scene_{image_id:06d}.jpg"
+            str(world / "answers_val.json"), *questions, "--prompt", "question: {} answer:"
         ],
     }  # fmt: skip
     capsys.readouterr()
@@ -450,7 +477,6 @@ def test_eval_refuses_before_it_predicts(arguments, words, make_run, tiny_world,
     )
     given = [a.format(file=tmp_path / "file") for a in arguments]
     out = [] if "--out" in given else ["--out", str(tmp_path / "out")]
-    names = ["--image-name", "scene_{image_id:06d}.jpg"] if task != "caption" else []
     assert (
         main(
             [
@@ -460,7 +486,6 @@ def test_eval_refuses_before_it_predicts(arguments, words, make_run, tiny_world,
                 str(world / "images"),
                 *given,
                 *out,
-                *names,
                 "--references",
                 str(world / references[0]),
                 *references[1:],

@@ -140,3 +140,16 @@ def test_a_relative_model_of_an_override_is_where_the_user_stands(tmp_path, monk
     recipe = load_recipe(DEMO, ["target.llm=./models/llama", "source.llm=../opt"], check_files=False)
     assert recipe.target.llm == str(tmp_path / "models" / "llama") and recipe.source.llm == str(tmp_path.parent / "opt")
     assert load_recipe(DEMO, ["target.llm=org/llama"], check_files=False).target.llm == "org/llama"
+
+
+def test_another_target_does_not_keep_the_sizes_of_the_first(tmp_path):
+    """`target.config` describes the language model of the recipe that it stands in, for dry runs; an override or a child names another."""
+    qwen = ROOT / "recipes" / "vl_qwen3.yaml"
+    settings = {"check_files": False, "keep_unset_variables": True}
+    assert load_recipe(qwen, **settings).target.config["model_type"] == "qwen3"
+    assert load_recipe(qwen, ["target.llm=org/llama-13b"], **settings).target.config is None
+    given = ["target.llm=org/llama-13b", "target.config={model_type: llama}"]
+    assert load_recipe(qwen, given, **settings).target.config == {"model_type": "llama"}
+    child = tmp_path / "child.yaml"
+    child.write_text(f"extends: {qwen}\ntarget: {{llm: org/llama-13b}}\n")
+    assert load_recipe(child, **settings).target.config is None

@@ -413,5 +413,5 @@ def _image_file_name(entry: dict[str, Any], image_name: str | None, subtype: Any
         return f"COCO_{subtype.replace('test-dev', 'test')}_{image_id:012d}.jpg"
     raise DataError(
         f"image_name: question {entry['question_id']!r} names no image file and the file has no 'data_subtype'; "
-        "give image_name, a pattern like 'COCO_val2014_{image_id:012d}.jpg'"
+        "give image_name (--image-name), a pattern like 'COCO_val2014_{image_id:012d}.jpg'"
     )

@@ -222,7 +222,7 @@ def _write_split(out: Path, split: str, count: int, first_id: int, rng: np.rando
             captions.append({"id": len(captions) + 1, "image_id": image_id, "caption": caption(scene, rng)})
         for question, answer in questions(scene, rng):
             question_id = image_id * 10 + len(asked) % 10
-            asked.append({"question_id": question_id, "image_id": image_id, "question": question})
+            asked.append({"question_id": question_id, "image_id": image_id, "image": name, "question": question})
             answers = [{"answer": answer, "answer_id": k + 1, "answer_confidence": "yes"} for k in range(10)]
             answered.append(
                 {"question_id": question_id, "image_id": image_id, "multiple_choice_answer": answer, "answers": answers}

@@ -28,13 +28,7 @@ def model_card(opened: Opened, record: dict[str, Any], settings: Generation, nam
         f"# {name}", "",
         f"A vision-language model: the language model `{Path(opened.model.llm.path).name}` with a visual prompt generator of "
         f"{opened.model.queries} queries, transferred with vpgtrans (VPGTrans, arXiv 2305.01278).", "",
-        "```python",
-        "from transformers import AutoProcessor, Blip2ForConditionalGeneration", "from PIL import Image", "",
-        f'processor = AutoProcessor.from_pretrained("{name}")', f'model = Blip2ForConditionalGeneration.from_pretrained("{name}")',
-        'inputs = processor(images=Image.open("photo.jpg").convert("RGB"), text="", return_tensors="pt")',
-        f"ids = model.generate(**inputs, {arguments})",
-        "print(processor.batch_decode(ids, skip_special_tokens=True)[0].strip())",
-        "```", "", "## Training", "",
+        *_usage(name, arguments, record["language_model_included"]), "", "## Training", "",
     ]  # fmt: skip
     lines += [f"- {key}: {value}" for key, value in _training(record, summary, recipe)]
     lines += ["", "## Scores", ""]
@@ -46,9 +40,24 @@ def model_card(opened: Opened, record: dict[str, Any], settings: Generation, nam
     )
     shown = ", ".join(f"{k} {v}" for k, v in settings.model_dump().items())
     lines += ["", f"Generation settings: {shown}."]
-    if not record["language_model_included"]:
-        lines += ["", f"The language model's weights are not in this folder; they are `{opened.model.llm.path}`."]
     return "\n".join(lines) + "\n"
+
+
+def _usage(name: str, arguments: str, is_whole: bool) -> list[str]:
+    if not is_whole:
+        return [
+            "**The language model's weights are not in this folder**, so transformers cannot load it; vpgtrans can, where the language model that",
+            "`config.json` names (`text_config._name_or_path`) is at hand:", "", "```", f"vpgtrans caption {name} photo.jpg", "```",
+        ]  # fmt: skip
+    return [
+        "```python",
+        "from transformers import AutoProcessor, Blip2ForConditionalGeneration", "from PIL import Image", "",
+        f'processor = AutoProcessor.from_pretrained("{name}")', f'model = Blip2ForConditionalGeneration.from_pretrained("{name}")',
+        'inputs = processor(images=Image.open("photo.jpg").convert("RGB"), text="", return_tensors="pt")',
+        f"ids = model.generate(**inputs, {arguments})",
+        "print(processor.batch_decode(ids, skip_special_tokens=True)[0].strip())",
+        "```",
+    ]  # fmt: skip
 
 
 def _training(record: dict[str, Any], summary: dict[str, Any], recipe: dict[str, Any]) -> list[tuple[str, Any]]:

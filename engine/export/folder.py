@@ -15,11 +15,11 @@ from transformers import (
     Blip2Processor,
     Blip2QFormerConfig,
     Blip2VisionModel,
-    BlipImageProcessor,
     GenerationConfig,
 )
 
-from ..checkpoint import CheckpointError, write_json
+from ..checkpoint import CheckpointError, readable, write_json
+from ..models.hf_vision import quiet
 from ..models.llm import ModelError
 from ..models.opening import Opened, open_model
 from ..recipe import Generation
@@ -59,6 +59,7 @@ def export(
         record = _record(opened, include_llm, how)
         write_json(temporary / "vpgtrans.json", record)
         (temporary / "README.md").write_text(model_card(opened, record, settings, out.name))
+        readable(*temporary.iterdir())
         if out.exists():
             out.rmdir()
         temporary.replace(out)
@@ -121,6 +122,8 @@ def _assembled(opened: Opened, config: Blip2Config, language_model: Any) -> Blip
 
 def _processor(opened: Opened, tokenizer: Any) -> Blip2Processor:
     side, norm = opened.tower.image_size, opened.tower.norm
+    with quiet():  # it says each time that it would rather have torchvision
+        from transformers import BlipImageProcessor
     image = BlipImageProcessor(
         do_resize=True, size={"height": side, "width": side}, resample=3, do_rescale=True, do_normalize=True, image_mean=list(norm.mean),
         image_std=list(norm.std), do_convert_rgb=True,

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..checkpoint import CheckpointError, load_tensors
+from ..checkpoint import CheckpointError, load_tensors, readable
 from ..recipe import QFormerConfig
 from .qformer import QFormer
 
@@ -43,6 +43,7 @@ def save_parts(folder: Path, parts: dict[str, nn.Module], config: dict[str, obje
     }
     temporary = folder / ".model.safetensors.tmp"
     save_file(tensors, temporary)
+    readable(temporary)
     temporary.replace(folder / "model.safetensors")
     temporary = folder / ".vl_config.json.tmp"
     temporary.write_text(json.dumps({"format": "vpgtrans-1", **config}, indent=1))

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..checkpoint import readable
 from ..data.coco import read_captions, read_questions
 from ..models.llm import ModelError, SpecialTokens, special_tokens
 from ..recipe import LMRecipe, TrainTokenizer
@@ -74,6 +75,7 @@ def main(recipe: LMRecipe) -> dict[str, float]:
     model.generation_config.eos_token_id = special.newline
     model.save_pretrained(recipe.output.folder)
     tokenizer.save_pretrained(recipe.output.folder)
+    readable(*recipe.output.folder.glob("*.safetensors"))
     gain = scores["context_loss_0"] - scores["context_loss_3"]
     console.print(
         f"{recipe.name}: loss per token alone {scores['context_loss_0']:.3f}, after three other captions {scores['context_loss_3']:.3f}"

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import Blip2VisionConfig
 
+from ..checkpoint import readable
 from ..data.images import CLIP_MEAN, CLIP_STD, load_pixels, normalise, sample_rng
 from ..models.llm import ModelError
 from ..models.vision import eva_vit
@@ -108,6 +109,7 @@ def main(recipe: VisionRecipe) -> dict[str, float]:
     )  # fmt: skip
     tower = {k: v.detach().cpu().contiguous() for k, v in model.tower.model.state_dict().items()}
     save_file(tower, recipe.output.folder / "model.safetensors")
+    readable(recipe.output.folder / "model.safetensors")
     (recipe.output.folder / "config.json").write_text(
         json.dumps({**recipe.model, "image_size": config.image_size}, indent=1)
     )

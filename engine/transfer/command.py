@@ -6,7 +6,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from ..checkpoint import CheckpointError, write_json
+from ..checkpoint import CheckpointError, readable, write_json
 from ..models.sources import describe_source
 from ..outcome import converter_table
 from ..recipe import RecipeError, TransferRecipe
@@ -37,6 +37,7 @@ def convert(recipe: TransferRecipe, out: str | None) -> ConverterReport:
         projector, _ = read_projector(recipe.source.vlm, hidden, recipe.source.files)
         merged = merge(projector, converter)
         save_file({"weight": merged.weight.detach(), "bias": merged.bias.detach()}, folder / "projector.safetensors")
+        readable(folder / "projector.safetensors")
         write_json(folder / "converter.json", report.to_dict())
         console.print(
             f"wrote {folder}/projector.safetensors ({merged.in_features} -> {merged.out_features}) and converter.json"

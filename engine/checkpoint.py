@@ -44,11 +44,11 @@ def save_checkpoint(
     manifest = {p.name: {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in sorted(temporary.iterdir())}
     (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
     for path in temporary.iterdir():
-        _fsync(path)
+        fsync(path)
     if target.exists():
         shutil.rmtree(target)
     temporary.rename(target)
-    _fsync(root)
+    fsync(root)
     _remove_old(root, keep)
     return target
 
@@ -190,7 +190,8 @@ def _remove_old(root: Path, keep: int) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Bring a file, or a folder's names, to the disk, so that they survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

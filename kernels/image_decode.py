@@ -32,13 +32,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, JpegImagePlugin
 
-try:
-    from . import _C
-except ImportError as error:
-    _C = None
-    _IMPORT_ERROR: ImportError | None = error
-else:
-    _IMPORT_ERROR = None
+from . import compiled
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +43,7 @@ PIXEL_LIMIT = 89_478_485  # width x height; engine/data/images.py's
 Slice = bytes | bytearray | memoryview | NDArray[np.uint8] | torch.Tensor | tuple[int, int]
 
 _ELEMENT_BYTES = {torch.uint8: 1, torch.bfloat16: 2, torch.float32: 4}
-_UPRIGHT = {
+UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -146,7 +140,7 @@ def decode_batch(
         everything = range(len(slices))
         _decode_with_pillow(everything, buffers, box_array, flip_array, table, max_pixels, threads, out, codes)
         return out, codes
-    codes = _C.decode_images(
+    codes = compiled.C.decode_images(
         np.array([address for address, _, _ in buffers], np.uint64),
         np.array([byte_count for _, byte_count, _ in buffers], np.uint64),
         box_array,
@@ -188,7 +182,7 @@ def reference_decode_image(
         if image.width * image.height > max_pixels:
             return None, DecodeCode.TOO_MANY_PIXELS
         image.load()
-        upright = _UPRIGHT.get(_orientation(image))
+        upright = UPRIGHT.get(_orientation(image))
         image = image.convert("RGB")
     except MemoryError:
         return None, DecodeCode.OUT_OF_MEMORY
@@ -209,9 +203,9 @@ def reference_decode_image(
 
 def image_decode_unsupported_reason() -> str | None:
     """Why the compiled implementation cannot run here; `None` where it can."""
-    if _C is None:
-        return f"vpgtrans.kernels._C is not importable ({_IMPORT_ERROR}); install the package again: pip install ."
-    if not hasattr(_C, "decode_images"):
+    if reason := compiled.missing_reason():
+        return reason
+    if not hasattr(compiled.C, "decode_images"):
         return (
             "vpgtrans.kernels._C was built without libjpeg-turbo; install its headers (Debian, Ubuntu: libjpeg-dev, "
             "Fedora: libjpeg-turbo-devel), then the package again: pip install ."

@@ -20,13 +20,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-try:
-    from . import _C
-except ImportError as error:
-    _C = None
-    _IMPORT_ERROR: ImportError | None = error
-else:
-    _IMPORT_ERROR = None
+from . import compiled
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +64,7 @@ def pack_rows(
         if reason is not None:
             _log_fallback_once(reason)
         return reference_pack_rows(array, int(budget))
-    return _C.pack_rows(array, int(budget))
+    return compiled.C.pack_rows(array, int(budget))
 
 
 def reference_pack_rows(lengths: NDArray[np.int32] | NDArray[np.int64], budget: int) -> NDArray[np.int32]:
@@ -114,8 +108,8 @@ def reference_pack_rows(lengths: NDArray[np.int32] | NDArray[np.int64], budget: 
 
 def row_packing_unsupported_reason() -> str | None:
     """Why the compiled implementation cannot run here; `None` where it can."""
-    if _C is None:
-        return f"vpgtrans.kernels._C is not importable ({_IMPORT_ERROR}); install the package again: pip install ."
+    if reason := compiled.missing_reason():
+        return reason
     return None
 
 

@@ -115,7 +115,7 @@ def test_the_portable_code_gives_what_the_vector_code_gives(kind: str) -> None:
         results = []
         for vector in (False, True):
             out = np.zeros((2, size, size, 3), np.uint8)
-            codes = image_decode._C.decode_images(
+            codes = image_decode.compiled.C.decode_images(
                 np.full(2, bytes_of.ctypes.data, np.uint64),
                 np.full(2, len(data), np.uint64),
                 np.array([(0, 0, 0, 0), (0, 0, 1, 1)], np.int32),
@@ -366,7 +366,7 @@ def test_falls_back_with_a_reason_logged_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = fuzz.encode(fuzz.photograph(60, 40, 20))
-    monkeypatch.setattr(image_decode, "_C", object())  # a build without libjpeg-turbo
+    monkeypatch.setattr(image_decode.compiled, "C", object())  # a build without libjpeg-turbo
     image_decode._log_fallback_once.cache_clear()
     with caplog.at_level(logging.WARNING, logger=image_decode.__name__):
         for _ in range(2):

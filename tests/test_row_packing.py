@@ -90,7 +90,7 @@ def test_cpp_leaves_the_interpreter_to_other_threads() -> None:
 
     def pack() -> None:
         span.append(time.perf_counter())
-        row_packing._C.pack_rows(lengths, 512)
+        row_packing.compiled.C.pack_rows(lengths, 512)
         span.append(time.perf_counter())
 
     thread = threading.Thread(target=pack)
@@ -129,11 +129,11 @@ def test_budget_out_of_range(impl: str, budget: int) -> None:
 @pytest.mark.parametrize("budget", [0, (1 << 20) + 1])
 def test_the_compiled_function_guards_its_own_memory(budget: int) -> None:
     with pytest.raises(ValueError, match=f"budget is {budget}"):
-        row_packing._C.pack_rows(np.array([1]), budget)
+        row_packing.compiled.C.pack_rows(np.array([1]), budget)
     with pytest.raises(ValueError, match="2 dimensions"):
-        row_packing._C.pack_rows(np.array([[1]]), 8)
+        row_packing.compiled.C.pack_rows(np.array([[1]]), 8)
     with pytest.raises(TypeError):
-        row_packing._C.pack_rows(np.array([1.0]), 8)
+        row_packing.compiled.C.pack_rows(np.array([1.0]), 8)
 
 
 @pytest.mark.parametrize(
@@ -155,8 +155,8 @@ def test_falls_back_with_a_reason_logged_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert row_packing_unsupported_reason() is None
-    monkeypatch.setattr(row_packing, "_C", None)
-    monkeypatch.setattr(row_packing, "_IMPORT_ERROR", ImportError("no such file"))
+    monkeypatch.setattr(row_packing.compiled, "C", None)
+    monkeypatch.setattr(row_packing.compiled, "IMPORT_ERROR", ImportError("no such file"))
     row_packing._log_fallback_once.cache_clear()
     lengths = np.array([4, 4, 3, 5])
     with caplog.at_level(logging.WARNING, logger=row_packing.__name__):

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..checkpoint import fsync
 from .beton import (
     DESCRIPTOR,
     HEADER,
@@ -123,7 +124,7 @@ class BetonWriter:
             os.fsync(self._file.fileno())
             self._file.close()
             self._temporary.replace(self.path)
-            sync_folder(self.path.parent)
+            fsync(self.path.parent)
         except BaseException:
             self.abort()
             raise
@@ -166,12 +167,3 @@ class BetonWriter:
             what = f"expected a JPEG of three components of 8 bits, or an array, got {header or type(value).__name__}"
             raise BetonError(self.path, what, self.samples, name)
         return (JPG, header.width, header.height, 0), value
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring a folder's names to the disk, so that a rename survives a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

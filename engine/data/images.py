@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from PIL import BmpImagePlugin, GifImagePlugin, Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
 
+from ...kernels.image_decode import UPRIGHT
 from .beton_member import BetonMember
 from .tar_member import TarMember
 
@@ -51,15 +52,6 @@ _FORMATS = (
     ("BMP", (b"BM",), BmpImagePlugin.BmpImageFile),
 )
 _EXIF_ORIENTATION = 0x0112
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 _WHITE = (255, 255, 255, 255)
 
 
@@ -105,7 +97,7 @@ def read_image(
             rgb = _to_rgb(image)
         except Exception as error:  # plugins raise anything from SyntaxError to struct.error on damaged data
             raise _damaged(fp, name, format_name, error) from error
-        upright = _UPRIGHT.get(_orientation(image))
+        upright = UPRIGHT.get(_orientation(image))
         if upright is not None:
             rgb = rgb.transpose(upright)
         rgb.info = {}  # an orientation tag left here would make a second reader rotate again
@@ -150,7 +142,7 @@ def read_bytes(path: str | os.PathLike[str] | Member) -> bytes:
 def is_stored_upright(content: bytes) -> bool:
     """Whether a readable image's pixels need no turning: its EXIF orientation is absent, damaged or 1."""
     with _opened(content) as (fp, name):
-        return _orientation(_parse_header(fp, name, PIXEL_LIMIT)[0]) not in _UPRIGHT
+        return _orientation(_parse_header(fp, name, PIXEL_LIMIT)[0]) not in UPRIGHT
 
 
 def _raw_size(member: BetonMember, max_pixels: int) -> tuple[int, int]:

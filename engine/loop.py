@@ -27,6 +27,7 @@ from .data.packing import Batch, CaptionData, Group, Position, Subset, UpdateOrd
 from .data.stream import Update, UpdateStream
 from .diagnostics import Watch
 from .evaluation import Validator
+from .models.tower import PixelNorm
 from .models.vision import load_tower
 from .models.vlm import VisionLanguageModel
 from .optim import build_adamw, clip_, learning_rate, set_learning_rate
@@ -72,6 +73,8 @@ class Run:
     data: CaptionData
     subsets: dict[str, tuple[Subset, float | None]]
     features: FeatureSource
+    image_size: int
+    norm: PixelNorm
     validator: Validator
     watch: Watch
     progress: Progress
@@ -174,7 +177,9 @@ def _prepare(recipe: TransferRecipe, runtime: Runtime, log: RunLog, progress: Pr
     outcome.print_savings(log, recipe, model)
     watch = Watch(log, **progress.watch)
     _measure_converter(model, origins, validator, watch, log, recipe)
-    return Run(recipe, runtime, log, model, origins, data, subsets, features, validator, watch, progress)
+    return Run(
+        recipe, runtime, log, model, origins, data, subsets, features, tower.image_size, tower.norm, validator, watch, progress
+    )  # fmt: skip
 
 
 @torch.no_grad()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import shutil
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +14,12 @@ from torch import nn
 from .checkpoint import write_json
 from .data.coco import CaptionSet
 from .data.packing import UpdateOrder
+from .data.prompts import CAPTION_PROMPT, vqa_prompt
 from .models.vlm import VisionLanguageModel
 from .models.vpg import save_parts
 from .recipe import Stage, TransferRecipe
 from .runlog import RunLog, duration
+from .scoring.record import result_record
 from .transfer.converter import ConverterReport
 from .transfer.initialise import Origins, read_projector, read_vpg
 
@@ -167,8 +168,7 @@ def finish(this: Run) -> dict[str, Any]:
         "selected_by": recipe.evaluation.select, "pairs": progress.pairs, "updates": progress.step, "seconds": progress.seconds,
         "gpu_hours": progress.seconds * this.runtime.world_size / 3600, "skipped_updates": progress.skipped,
         "stages": [s.name for s in recipe.stages], **scores,
-        "generation": recipe.evaluation.generate.model_dump(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "vpgtrans")},
+        **_measured_with(this, folder / "model"),
     }  # fmt: skip
     log.event(
         "end", step=progress.step, pairs=progress.pairs, seconds=progress.seconds, final_val_loss=final_loss, **scores
@@ -183,6 +183,19 @@ def finish(this: Run) -> dict[str, Any]:
         f"{progress.pairs:,} pairs in {duration(progress.seconds)}; wrote {folder}/model, summary.json, log.jsonl, captions.json, samples.json"
     )
     return summary
+
+
+def _measured_with(this: Run, model: Path) -> dict[str, Any]:
+    """What the scores of a summary were measured with: settings, prompts, transform, versions and the model's hash."""
+    settings = this.recipe.evaluation
+    size, norm = this.image_size, this.norm
+    return {
+        **result_record(
+            generation=settings.generate.model_dump(), prompt=CAPTION_PROMPT,
+            transform={"name": "eval", "image_size": size, "mean": list(norm.mean), "std": list(norm.std)}, checkpoint=model,
+        ),
+        "question_prompt": settings.question_prompt or vqa_prompt("{}", this.model.llm.is_encoder_decoder),
+    }  # fmt: skip
 
 
 def _load_into(model: VisionLanguageModel, folder: Path, device: torch.device) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import (
     AutoModelForCausalLM,
     Blip2Config,
@@ -20,8 +23,10 @@ from transformers import (
     T5Config,
 )
 
+from vpgtrans.engine.cli import main
 from vpgtrans.engine.data.coco import CaptionSet, ImageRecord, RefusalReport
 from vpgtrans.engine.data.conversation import tokenize_entry
+from vpgtrans.engine.data.images import load_pixels, normalise
 from vpgtrans.engine.data.packing import CaptionData, Group
 from vpgtrans.engine.export.language_model import without_projections
 from vpgtrans.engine.models.llm import LanguageModel, wrap
@@ -281,6 +286,37 @@ def test_generated_ids(family, beams, tokenizer):
     )[:, 1 if llm.is_encoder_decoder else width :]  # fmt: skip
     assert got.tolist() == expected.tolist()
     assert len({tuple(row) for row in got.tolist()}) > 1, "the images make no difference: nothing is tested"
+
+
+@pytest.mark.parametrize("family", ["opt", "llama", "t5"])
+def test_caption_of_a_hugging_face_folder(family, tokenizer, tmp_path, capsys):
+    """A folder that transformers saved, with its own LayerNorm eps and end tokens: `vpgtrans caption` gives transformers' ids."""
+    theirs, _, _ = build(family, tokenizer)
+    theirs.config.vision_config.layer_norm_eps = theirs.vision_model.post_layernorm.eps = 1e-3
+    for layer in theirs.vision_model.encoder.layers:
+        layer.layer_norm1.eps = layer.layer_norm2.eps = 1e-3
+    theirs.save_pretrained(tmp_path / "blip2")
+    tokenizer.save_pretrained(tmp_path / "blip2")
+    paths, rng = [], np.random.default_rng(0)
+    for n in range(4):
+        paths.append(tmp_path / f"{n}.png")
+        Image.fromarray(rng.integers(0, 256, (40, 50, 3), np.uint8)).save(paths[-1])
+    settings = ["--num-beams", "3", "--max-new-tokens", "7", "--min-new-tokens", "2"]
+    assert main(["caption", str(tmp_path / "blip2"), *map(str, paths), *settings, "--prompt", "a red", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)["captions"]
+    again = Blip2ForConditionalGeneration.from_pretrained(tmp_path / "blip2").eval()
+    pixels = normalise(torch.stack([load_pixels(p, IMAGE) for p in paths]))
+    is_t5, text = family == "t5", tokenizer("a red", add_special_tokens=False)["input_ids"]
+    ids = [again.config.image_token_index] * QUERIES + ([*text, 2] if is_t5 else [1, *text])
+    got = again.generate(
+        pixel_values=pixels, input_ids=torch.tensor([ids] * 4), do_sample=False, num_beams=3, max_new_tokens=7, min_new_tokens=2
+    )[:, 1 if is_t5 else len(ids) :]  # fmt: skip
+    ends = again.language_model.generation_config.eos_token_id
+    assert [c["token_ids"] for c in shown] == [trim(row, ends) for row in got.tolist()]
+
+
+def trim(ids: list[int], end: int) -> list[int]:
+    return ids[: ids.index(end) + 1] if end in ids else ids
 
 
 def test_beam_score_of_the_reference(tokenizer):

@@ -12,7 +12,7 @@ from .captioning import generation_of, placement
 from .checkpoint import write_json
 from .data.coco import QuestionSet, read_captions, read_questions
 from .data.formats import CaptionFormat
-from .data.prompts import vqa_prompt
+from .data.prompts import CAPTION_PROMPT, vqa_prompt
 from .data.reading import DataError, RefusalReport
 from .models.opening import Opened, open_model
 from .recipe import Generation
@@ -21,7 +21,7 @@ from .scoring.command import caption_metrics
 from .scoring.files import ScoreError
 from .scoring.okvqa import lemmatise, load_lemmatiser
 from .scoring.ptb_tokenizer import ptb_tokenize
-from .scoring.record import checkpoint_sha256, result_record
+from .scoring.record import result_record
 from .scoring.vqa import gqa_accuracy, vqa_accuracy
 
 CAPTION_TASKS = ("caption", "nocaps")
@@ -60,22 +60,21 @@ def main(options: argparse.Namespace) -> int:
     _say_refused(data.refused)
     device, dtype = placement(options.device, options.precision)
     opened = open_model(options.model, device, dtype)
-    checkpoint_sha256(opened.weights)  # raises where there is nothing to hash
-    if options.task in CAPTION_TASKS:
-        prompt = options.prompt or ""
+    is_caption = options.task in CAPTION_TASKS
+    prompt = options.prompt or (CAPTION_PROMPT if is_caption else vqa_prompt("{}", opened.model.llm.is_encoder_decoder))
+    norm = opened.tower.norm
+    record = result_record(  # before the predictions: a model without a file to hash is refused now
+        generation=settings.model_dump(), prompt=prompt,
+        transform={"name": "eval", "image_size": opened.tower.image_size, "mean": norm.mean, "std": norm.std}, checkpoint=opened.weights,
+    )  # fmt: skip
+    if is_caption:
         predictions, metrics = _caption_task(opened, data, settings, prompt, options)
     else:
-        prompt = options.prompt or vqa_prompt("{}", opened.model.llm.is_encoder_decoder)
         predictions, metrics = _question_task(opened, data, settings, prompt, options, pipeline)
     result = {
         "task": options.task, "model": str(options.model), "metrics": metrics, "count": len(predictions),
         "references": str(options.references), "refused": data.refused.summary(), "lemmatised": bool(options.lemmatise),
-        **result_record(
-            generation=settings.model_dump(), prompt=prompt,
-            transform={"name": "eval", "image_size": opened.tower.image_size, "mean": opened.tower.norm.mean, "std": opened.tower.norm.std},
-            checkpoint=opened.weights,
-        ),
-        "precision": str(dtype).removeprefix("torch."),
+        **record, "precision": str(dtype).removeprefix("torch."),
     }  # fmt: skip
     write_json(out / "result.json", result)
     if options.json:

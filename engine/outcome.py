@@ -15,13 +15,14 @@ from .checkpoint import write_json
 from .data.coco import CaptionSet
 from .data.packing import UpdateOrder
 from .data.prompts import CAPTION_PROMPT, vqa_prompt
+from .models.opening import read_projector, read_vpg
 from .models.vlm import VisionLanguageModel
 from .models.vpg import save_parts
 from .recipe import Stage, TransferRecipe
 from .runlog import RunLog, duration
 from .scoring.record import result_record
 from .transfer.converter import ConverterReport
-from .transfer.initialise import Origins, read_projector, read_vpg
+from .transfer.initialise import Origins
 
 if TYPE_CHECKING:
     from .loop import Run

@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 
 from vpgtrans.engine.cli import main
 from vpgtrans.engine.models.llm import load_language_model
+from vpgtrans.engine.models.opening import read_vpg
 from vpgtrans.engine.models.vision import load_tower
 from vpgtrans.engine.pretrain.lm import SceneText, context_losses, document
 from vpgtrans.engine.pretrain.vpg import ImageTextQFormer
 from vpgtrans.engine.recipe import Vision, load_recipe
-from vpgtrans.engine.transfer.initialise import read_vpg
 
 SCHEDULE = {"steps": 4, "batch": 4, "learning_rate": 1e-3, "warmup_steps": 1, "eval_every_steps": 2}
 LLAMA = {

@@ -46,7 +46,11 @@ def test_a_run_leaves_what_it_promises(tiny_recipe, tmp_path, capfd):
     assert summary["pairs"] == 66 + 154 and summary["updates"] == 6 + 14
     assert {"best_val_loss", "final_val_loss", "cider", "attributes_right", "vqa_accuracy"} <= summary.keys()
     # what the scores were measured with
-    assert summary["prompt"] == "" and summary["question_prompt"] == "question: {} answer:" and summary["transform"]["image_size"] == 32
+    assert (
+        summary["prompt"] == ""
+        and summary["question_prompt"] == "question: {} answer:"
+        and summary["transform"]["image_size"] == 32
+    )
     assert summary["generation"]["num_beams"] == 2 and summary["versions"]["transformers"]
     assert summary["checkpoint"]["sha256"] == {"model.safetensors": file_sha256(folder / "model" / "model.safetensors")}
     assert [e["pairs"] for e in events(folder, "eval")] == [0, 33, 66, 110, 154, 198, 220]

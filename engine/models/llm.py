@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -261,15 +261,3 @@ def load_language_model(
 def attention_of(config: Any) -> str:
     """The attention implementation for a model: sdpa, but eager where scores are soft-capped (Gemma 2) or T5's bias is added."""
     return "eager" if getattr(config, "attn_logit_softcapping", None) or config.is_encoder_decoder else "sdpa"
-
-
-def describe(llm: LanguageModel) -> dict[str, object]:
-    """What the start-up table prints of a language model."""
-    return {
-        "path": llm.path,
-        "type": llm.model.config.model_type,
-        "hidden_width": llm.hidden_width,
-        "parameters": llm.parameter_count,
-        "vocabulary": llm.vocabulary_size,
-        "special_tokens": asdict(llm.special),
-    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from ..checkpoint import CheckpointError
 from ..data.images import load_pixels, normalise
 from ..recipe import Vision
 from .llm import LOAD_ERRORS, LanguageModel, ModelError, attention_of, check_complete, load_language_model, wrap
-from .sources import SourceInfo, describe_source, read_source
+from .sources import LoadReport, SourceInfo, describe_source, read_source
 from .tower import VisionTower
 from .vision import load_tower
 from .vlm import VisionLanguageModel
@@ -80,22 +81,48 @@ def _open_run(path: Path, info: SourceInfo, dtype: torch.dtype | Literal["auto"]
     tower = load_tower(Vision.model_validate(config["vision"]))
     llm = load_language_model(info.llm, dtype)
     name = str(config.get("recipe") or path.name)
-    return Opened(str(path), name, _assemble(path, info, tower.width, llm), tower, folder, config)
+    return Opened(str(path), name, _assemble(path, tower.width, llm), tower, folder, config)
 
 
-def _assemble(path: Path | str, info: SourceInfo, width: int, llm: LanguageModel) -> VisionLanguageModel:
-    parts, _ = read_source(path, ("vpg", "projector"))
-    assert info.qformer is not None and info.projector_shape is not None  # read_source has found both
-    vpg = VPG(info.qformer, width)
-    vpg.load_state_dict(parts["vpg"])
-    projector = nn.Linear(info.projector_shape[1], info.projector_shape[0])
+def _assemble(path: Path | str, width: int, llm: LanguageModel) -> VisionLanguageModel:
+    vpg, _ = read_vpg(path, width)
+    projector, _ = read_projector(path, vpg.config.hidden_size)
     if projector.out_features != llm.hidden_width:
         raise CheckpointError(
             f"{path}: expected a projector to width {llm.hidden_width} of {llm.path!r}, found one to {projector.out_features}; "
             "the language model is not the one that it was trained with"
         )
-    projector.load_state_dict(parts["projector"])
     return VisionLanguageModel(vpg, projector, llm)
+
+
+def read_vpg(place: Path | str, image_width: int, files: Sequence[Path] = ()) -> tuple[VPG, LoadReport]:
+    """The VPG of any source, in float32, and what was read.
+
+    Raises CheckpointError when it was trained on features of another width, or does not fit; every tensor is named.
+    """
+    info = describe_source(place, files)
+    if info.image_width is not None and info.image_width != image_width:
+        raise CheckpointError(
+            f"{place}: expected a VPG for image tokens of width {image_width}, got one for {info.image_width}; use its own tower"
+        )
+    parts, report = read_source(place, ("vpg",), files)
+    assert info.qformer is not None  # read_source has found it complete
+    vpg = VPG(info.qformer, image_width)
+    vpg.load_state_dict(parts["vpg"])
+    return vpg, report
+
+
+def read_projector(place: Path | str, width: int, files: Sequence[Path] = ()) -> tuple[nn.Linear, LoadReport]:
+    """The projector of any source, in float32, and what was read; CheckpointError when it has none, or one from another width."""
+    parts, report = read_source(place, ("projector",), files)
+    stored = parts["projector"]
+    projector = nn.Linear(stored["weight"].shape[1], stored["weight"].shape[0])
+    if projector.in_features != width:
+        raise CheckpointError(
+            f"{place}: expected a projector from width {width}, found one from {projector.in_features}"
+        )
+    projector.load_state_dict(stored)
+    return projector, report
 
 
 def _open_hugging_face(path: str, info: SourceInfo, dtype: torch.dtype | Literal["auto"]) -> Opened:
@@ -119,6 +146,6 @@ def _open_hugging_face(path: str, info: SourceInfo, dtype: torch.dtype | Literal
         raise CheckpointError(
             f"{path}: expected a language model inside, or the name of one in text_config, found neither"
         )
-    model = _assemble(path, info, tower.width, llm)
+    model = _assemble(path, tower.width, llm)
     model.vpg.ln_vision.eps = tower.layer_norm_eps or model.vpg.ln_vision.eps
     return Opened(path, Path(path).name, model, tower, info.files[0].parent, None)

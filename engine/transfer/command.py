@@ -7,12 +7,13 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from ..checkpoint import CheckpointError, readable, write_json
+from ..models.opening import read_projector
 from ..models.sources import describe_source
 from ..outcome import converter_table
 from ..recipe import RecipeError, TransferRecipe
 from ..runlog import console
 from .converter import ConverterReport
-from .initialise import fitted_converter, read_projector
+from .initialise import fitted_converter
 from .merge import merge
 
 

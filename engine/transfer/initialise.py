@@ -9,16 +9,15 @@ TFS                      vpg: vpg,  projector: random,    stage direct
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from ..checkpoint import CheckpointError
 from ..models.llm import LanguageModel, load_language_model
-from ..models.sources import LoadReport, describe_source, read_source
+from ..models.opening import read_projector, read_vpg
+from ..models.sources import LoadReport, describe_source
 from ..models.tower import VisionTower
 from ..models.vlm import VisionLanguageModel
 from ..models.vpg import VPG
@@ -107,36 +106,6 @@ def _build_projector(
     origins.source_projector, origins.source_words = projector, words.word_embeddings()
     origins.projector = f"{recipe.source.vlm}, merged with the {origins.converter.method} word converter"
     return merge(projector, converter)
-
-
-def read_vpg(place: Path | str, image_width: int, files: Sequence[Path] = ()) -> tuple[VPG, LoadReport]:
-    """The VPG of any source, in float32, and what was read.
-
-    Raises CheckpointError when it was trained on features of another width, or does not fit; every tensor is named.
-    """
-    info = describe_source(place, files)
-    if info.image_width is not None and info.image_width != image_width:
-        raise CheckpointError(
-            f"{place}: expected a VPG for image tokens of width {image_width}, got one for {info.image_width}; use its own tower"
-        )
-    parts, report = read_source(place, ("vpg",), files)
-    assert info.qformer is not None  # read_source has found it complete
-    vpg = VPG(info.qformer, image_width)
-    vpg.load_state_dict(parts["vpg"])
-    return vpg, report
-
-
-def read_projector(place: Path | str, width: int, files: Sequence[Path] = ()) -> tuple[nn.Linear, LoadReport]:
-    """The projector of any source, in float32, and what was read; CheckpointError when it has none, or one from another width."""
-    parts, report = read_source(place, ("projector",), files)
-    stored = parts["projector"]
-    projector = nn.Linear(stored["weight"].shape[1], stored["weight"].shape[0])
-    if projector.in_features != width:
-        raise CheckpointError(
-            f"{place}: expected a projector from width {width}, found one from {projector.in_features}"
-        )
-    projector.load_state_dict(stored)
-    return projector, report
 
 
 def fitted_converter(

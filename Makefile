@@ -3,6 +3,8 @@
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Triton, which only the tests of kernels need on a machine without a GPU: 190 MB.
+KERNELS_STAMP := $(VENV)/.installed-triton
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -q
 # Interpreters to try, newest first; PYTHON=/path/to/python names one.
 PYTHON ?= python3.13 python3.12 python3.11 python3
@@ -34,7 +36,7 @@ test: export OMP_NUM_THREADS = 1
 test: export OPENBLAS_NUM_THREADS = 1
 test: export TOKENIZERS_PARALLELISM = false
 test: export HF_HUB_OFFLINE = 1
-test: $(STAMP)
+test: $(KERNELS_STAMP)
 	$(BIN)/pytest $(PYTEST_ARGS)
 
 lint: $(STAMP)
@@ -71,6 +73,10 @@ $(STAMP): setup.py pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP_INSTALL) --no-build-isolation -c constraints.txt -e '.[test,lint]'
 	@touch $@
 	@echo "Installed. The command is $(BIN)/vpgtrans; to have it on PATH: source $(BIN)/activate"
+
+$(KERNELS_STAMP): $(STAMP)
+	@$(PIP_INSTALL) -c constraints.txt 'triton; platform_system == "Linux"'
+	@touch $@
 
 # Prints the version and what is missing for a virtual environment and for compiling an extension; fails below 3.11.
 define PROBE

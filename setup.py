@@ -83,7 +83,7 @@ setup(
         "protobuf",
         "tensorboard",
     ],
-    extras_require={"test": ["pytest"], "lint": ["ruff"]},
+    extras_require={"test": ["pytest"], "lint": ["ruff"], "triton": ["triton>=3.6; platform_system == 'Linux'"]},
     entry_points={
         "console_scripts": ["vpgtrans = vpgtrans.engine.cli:main"],
         # torch loads this group inside the torchrun process; engine/torchrun_exit.py says what for.

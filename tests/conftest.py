@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything (transformers, for one) imports Triton
+
 import yaml
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
@@ -16,11 +23,30 @@ from vpgtrans.engine.data.scenes import BACKGROUNDS, COLOURS, LANDMARKS, SHAPES,
 from vpgtrans.engine.models.causal import CausalLanguageModel
 from vpgtrans.engine.models.llm import LanguageModel
 from vpgtrans.engine.pretrain.tokenizer import train_word_level
+from vpgtrans.kernels.interpreter import mend
+
+if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
+    mend()
 
 WORDS = [
     "a small red circle left of a large blue square on white",
     "there is a large green star above a small pink ring on black",
 ]
+
+
+@pytest.fixture(scope="session")
+def compiled_kernels():
+    """compiled_kernels("qformer_attention") -> [Resources as dict]: every case of an operation, for sm_80 and sm_90a, without a GPU."""
+
+    def resources(*operations: str) -> list[dict]:
+        pytest.importorskip("triton")
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        command = [sys.executable, "-m", "vpgtrans.kernels.compile_only", *operations]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(done.stdout)
+
+    return resources
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,9 @@
 """`make demo`: the whole transfer and its baselines, as the commands that a user would give, side by side.
 
 A plan names parts and arms (recipes/demo/plan.yaml).  Each is one `vpgtrans` command in a process of its own, started when what it needs is
-there, and forked from one process that has torch and transformers imported already (some 6 s of CPU time a job saved).  Parts are kept with a hash of their recipe and of what they were made from, so a second run only repeats what changed, and a killed
-one goes on where it was.  The arms are always run anew; the report compares them.
+there, and forked from one process that has torch and transformers imported already (some 6 s of CPU time a job saved).  Parts are kept
+with a hash of their recipe and of what they were made from, so a second run only repeats what changed, and a killed one goes on where it was.
+The arms are always run anew; the report compares them.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from torch import nn
 
 from .data.coco import QuestionRecord
 from .data.features import FeatureSource
-from .data.packing import Batch, CaptionData, Group
+from .data.packing import Batch, Group, TokenisedCaptions
 from .data.prompts import vqa_prompt
 from .data.scenes import attributes_right
 from .models.vlm import VisionLanguageModel
@@ -40,7 +40,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 class Validator:
     """Scores a model on one validation set; rows are packed once."""
 
-    data: CaptionData
+    data: TokenisedCaptions
     features: FeatureSource
     settings: Evaluation
     runtime: Runtime

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from . import outcome
 from .checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint, trainable_tensors
-from .data.coco import read_image_data, read_questions
-from .data.conversation import tokenize_entry
+from .data.captioned import open_captioned
+from .data.coco import read_questions
 from .data.features import FeatureSource, open_features
-from .data.packing import Batch, CaptionData, Group, Position, Subset, UpdateOrder, join
+from .data.packing import Batch, Group, Position, Subset, TokenisedCaptions, UpdateOrder, join
 from .data.stream import Update, UpdateStream
 from .diagnostics import Watch
 from .evaluation import Validator
@@ -70,7 +70,7 @@ class Run:
     log: RunLog
     model: VisionLanguageModel
     origins: Origins
-    data: CaptionData
+    data: TokenisedCaptions
     subsets: dict[str, tuple[Subset, float | None]]
     features: FeatureSource
     image_size: int
@@ -149,26 +149,31 @@ def _prepare(recipe: TransferRecipe, runtime: Runtime, log: RunLog, progress: Pr
         said = [line for line in lines if not line.startswith("missing") and "not asked for" not in line]
         log.say(f"{path}:\n  " + "\n  ".join(said))
     layout = recipe.data
-    sets, subsets, fixed, at = [], {}, set(), 0
+    caches = recipe.output.cache or recipe.output.folder.parent / "cache"
+    opening = {
+        "max_text_tokens": layout.max_text_tokens, "seed": recipe.seed, "verify_images": layout.verify_images, "cache_root": caches, "log": log,
+    }  # fmt: skip
+    sets, subsets, fixed, at = [], {}, [], 0
     for entry in layout.train:
-        captions = read_image_data(entry, layout.verify_images)
+        captions = open_captioned(entry, model.llm, **opening)
         outcome.report_refusals(log, recipe.output.folder, captions)
-        sets.append(tokenize_entry(entry, captions, model.llm, layout.max_text_tokens, recipe.seed))
-        subsets[entry.name] = Subset(at, at + len(captions.records), entry.weight or 1.0), entry.weight
+        sets.append(captions)
+        subsets[entry.name] = Subset(at, at + len(captions), entry.weight or 1.0), entry.weight
         if entry.transform == "eval":
-            fixed.update(range(at, at + len(captions.records)))
-        at += len(captions.records)
-    val = read_image_data(layout.val, layout.verify_images, f"{layout.val.name}-val")
-    outcome.report_refusals(log, recipe.output.folder, val)
+            fixed.append(range(at, at + len(captions)))
+        at += len(captions)
+    val_data = open_captioned(layout.val, model.llm, **opening, name=f"{layout.val.name}-val")
+    outcome.report_refusals(log, recipe.output.folder, val_data)
     data = join(sets)
-    val_data = tokenize_entry(layout.val, val, model.llm, layout.max_text_tokens, recipe.seed)
     model.to(runtime.device)
     tower.to(runtime.device, runtime.compute_dtype)
-    cache = (recipe.output.cache or recipe.output.folder.parent / "cache") if layout.vision_cache else None
-    common = {"seed": recipe.seed, "runtime": runtime, "cache_root": cache, "log": log}
-    features = open_features(
-        data, tower, transform=layout.transform, views=layout.views, fixed=frozenset(fixed), **common
-    )
+    common = {
+        "seed": recipe.seed,
+        "runtime": runtime,
+        "cache_root": caches if layout.vision_cache else None,
+        "log": log,
+    }
+    features = open_features(data, tower, transform=layout.transform, views=layout.views, fixed=fixed, **common)
     val_features = open_features(val_data, tower, transform="eval", **common)
     questions = recipe.evaluation.questions
     asked = read_questions(questions, recipe.evaluation.answers).records if questions else []
@@ -259,9 +264,14 @@ def _order(this: Run, stage: Stage) -> UpdateOrder:
     if all(weight is None for _, weight in chosen):
         subsets = _contiguous(subsets)
     position = Position(**this.progress.position) if this.progress.position else None
-    captions_of = [len(ids) for ids in this.data.ids]
     return UpdateOrder(
-        captions_of, subsets, stage.batch_pairs, this.recipe.seed, this.recipe.data.captions_per_image, position
+        this.data.counts,
+        subsets,
+        stage.batch_pairs,
+        this.recipe.seed,
+        this.recipe.data.captions_per_image,
+        position,
+        this.recipe.data.order,
     )
 
 

@@ -12,9 +12,9 @@ from rich.table import Table
 from torch import nn
 
 from .checkpoint import write_json
-from .data.coco import CaptionSet
 from .data.packing import UpdateOrder
 from .data.prompts import CAPTION_PROMPT, vqa_prompt
+from .data.token_table import TokenTable
 from .models.opening import read_projector, read_vpg
 from .models.vlm import VisionLanguageModel
 from .models.vpg import save_parts
@@ -116,10 +116,10 @@ def print_savings(log: RunLog, recipe: TransferRecipe, model: VisionLanguageMode
     log.say(table)
 
 
-def report_refusals(log: RunLog, folder: Path, captions: CaptionSet) -> None:
+def report_refusals(log: RunLog, folder: Path, captions: TokenTable) -> None:
     """One line, and `refused-NAME.json` where anything was refused."""
     log.say(
-        f"{captions.name}: {len(captions.records):,} images, {captions.caption_count:,} captions; {captions.refused.summary()}"
+        f"{captions.name}: {len(captions):,} images, {captions.pair_count:,} captions; {captions.refused.summary()}"
     )
     if captions.refused.named and log.enabled:
         captions.refused.write_json(folder / f"refused-{captions.name}.json")

@@ -158,6 +158,10 @@ class TransferData(_Section):
         4,
         description="micro-batches packed and decoded ahead by a thread; 0 for none; what is trained does not depend on it",
     )
+    order: Literal["random", "quasi_random", "sequential"] = Field(
+        "random",
+        description="of the images in an epoch; quasi_random keeps neighbours of a file near each other, for packed sets on slow disks",
+    )
     vision_cache: bool = Field(
         False, description="compute the frozen tower once an image (and view) and memory-map its outputs"
     )
@@ -372,7 +376,7 @@ class Output(_Section):
     max_skipped_updates: Positive = Field(5, description="stop after this many non-finite updates in a row")
     tensorboard: bool = True
     cache: RecipePath | None = Field(
-        None, description="vision caches, keyed by content; default: `cache` beside output.folder"
+        None, description="vision caches and token tables, keyed by content; default: `cache` beside output.folder"
     )
 
 

@@ -104,9 +104,14 @@ def mixed(llm) -> CaptionData:
 def test_joined_sets_keep_what_belongs_to_each_image(make_llm):
     data = mixed(make_llm("llama"))
     assert [data.lead(i) for i in range(5)] == [(), (), *[(1, 9, 11)] * 3]
-    assert data.question_tokens(0, 2) == 0 and sorted(data.unsupervised) == [2, 3, 4]
+    asked = [[data.question_tokens(i, k) for k in range(len(data.ids[i]))] for i in range(5)]
+    assert asked[:2] == [[0, 0, 0], [0]] and all(
+        0 < n < len(ids) for i in (2, 3, 4) for n, ids in zip(asked[i], data.ids[i], strict=True)
+    )
     again = join([data, data])
-    assert again.lead(7) == (1, 9, 11) and again.lead(5) == () and again.unsupervised[8] == data.unsupervised[3]
+    assert again.lead(7) == (1, 9, 11) and again.lead(5) == () and again.question_tokens(8, 2) == asked[3][2]
+    assert [again.counts[i] for i in range(10)] == [len(again.ids[i]) for i in range(10)] == [3, 1, 2, 3, 1] * 2
+    assert again.counts.pairs(1, 8, None) == 13 and again.counts.pairs(1, 8, 2) == 11 and again.pair_count == 20
 
 
 @pytest.mark.parametrize("family", ["opt", "opt-350m", "llama"])

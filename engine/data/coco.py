@@ -156,7 +156,7 @@ def read_pack(
         path, preprocess=preprocess, max_words=max_words, verify_images=verify_images, max_pixels=max_pixels,
         limit=limit, max_refused_share=max_refused_share,
     )  # fmt: skip
-    records = [ImageRecord(sample.image_id, sample.image, sample.captions, sample.domain) for sample in samples]
+    records = [ImageRecord(sample.image_id, sample.path, sample.captions, sample.domain) for sample in samples]
     return CaptionSet(name or packed.name, records, report)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
@@ -23,7 +24,7 @@ from ..runlog import RunLog
 from ..runtime import Runtime
 from .decode import load_batch
 from .images import normalise, sample_rng
-from .packing import CaptionData, Group
+from .packing import Group, TokenisedCaptions
 
 BUILD_BATCH = 32
 
@@ -45,7 +46,7 @@ class LiveFeatures(FeatureSource):
     """Decodes, transforms and encodes the images of each batch."""
 
     def __init__(
-        self, data: CaptionData, tower: VisionTower, transform: str, seed: int, runtime: Runtime, fixed: frozenset[int] = frozenset()
+        self, data: TokenisedCaptions, tower: VisionTower, transform: str, seed: int, runtime: Runtime, fixed: Sequence[range] = ()
     ):  # fmt: skip
         self.data, self.tower, self.transform, self.seed, self.runtime = data, tower, transform, seed, runtime
         self.fixed = fixed
@@ -56,7 +57,7 @@ class LiveFeatures(FeatureSource):
         records = [self.data.records[g.image] for g in groups]
         rngs = [
             sample_rng(self.seed, g.epoch, r.image_id)
-            if self.transform == "train" and g.image not in self.fixed
+            if self.transform == "train" and not any(g.image in images for images in self.fixed)
             else None
             for g, r in zip(groups, records, strict=True)
         ]
@@ -93,7 +94,7 @@ def _pinned(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def open_features(
-    data: CaptionData,
+    data: TokenisedCaptions,
     tower: VisionTower,
     *,
     transform: str,
@@ -102,11 +103,11 @@ def open_features(
     cache_root: Path | None,
     views: int = 1,
     log: RunLog,
-    fixed: frozenset[int] = frozenset(),
+    fixed: Sequence[range] = (),
 ) -> FeatureSource:
     """Live features, or, with `cache_root`, the cache of this tower and data, built first where it is missing.
 
-    fixed: images that take the eval transform whatever `transform` is.
+    fixed: ranges of images that take the eval transform whatever `transform` is.
 
     An existing cache of the right key but the wrong size is removed and rebuilt, with a line that says so.
     """
@@ -146,7 +147,7 @@ def _build(path: Path, live: LiveFeatures, shape: tuple[int, int, int, int], dty
 
 
 def _cache_key(
-    data: CaptionData, tower: VisionTower, transform: str, seed: int, views: int, dtype: torch.dtype, fixed: frozenset[int]
+    data: TokenisedCaptions, tower: VisionTower, transform: str, seed: int, views: int, dtype: torch.dtype, fixed: Sequence[range]
 ) -> str:  # fmt: skip
     digest = hashlib.sha256()
     for name, tensor in sorted(tower.state_dict().items()):
@@ -164,7 +165,7 @@ def _cache_key(
         tower.norm.std,
     ]
     if fixed:
-        settings.append(sorted(fixed))
+        settings.append([i for images in fixed for i in images])
     digest.update(json.dumps(settings).encode())
     for record in data.records:
         stat = record.path.stat()

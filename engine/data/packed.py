@@ -6,8 +6,11 @@ damaged sample is refused by name and the rest is read. Captions stand in the se
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +65,7 @@ class PackIndex:
 @dataclass(frozen=True, slots=True)
 class PackedSample:
     image_id: int | str
-    image: BetonMember
+    path: BetonMember
     captions: list[str]
     domain: str | None
 
@@ -129,23 +132,41 @@ def read_packed(
 ) -> tuple[PackIndex, list[PackedSample], RefusalReport]:
     """The samples of a packed set, in order; arguments and errors as in `coco.read_captions`."""
     check_options(limit, max_refused_share)
+    index = read_index(path)
+    report = RefusalReport(str(_index_path(path)))
+    found = iterate_packed(
+        index,
+        report,
+        preprocess=preprocess,
+        max_words=max_words,
+        verify_images=verify_images,
+        max_pixels=max_pixels,
+        limit=limit,
+    )
+    samples = [sample for _, sample in found]
+    check_outcome(report, "images", len(samples), max_refused_share)
+    return index, samples, report
+
+
+def iterate_packed(
+    index: PackIndex, report: RefusalReport, *, preprocess: bool | None = None, max_words: int = 50, verify_images: VerifyImages = "header",
+    max_pixels: int = PIXEL_LIMIT, limit: int | None = None,
+) -> Iterator[tuple[int, PackedSample]]:  # fmt: skip
+    """(number over all shards, sample) of the usable samples, in order; the others are counted and named in `report`."""
     if max_words < 1:
         raise DataError(f"max_words: expected 1 or more, got {max_words!r}; 50 is the reference's value")
     if verify_images not in ("none", "header", "full"):
         raise DataError(f"verify_images: expected 'none', 'header' or 'full', got {verify_images!r}")
     verifier = {"none": None, "header": read_header, "full": check_image}[verify_images]
-    index = read_index(path)
     clean = preprocess if preprocess is not None else not index.keeps_captions
-    report = RefusalReport(str(_index_path(path)))
-    samples: list[PackedSample] = []
+    before = found = 0
     for shard in index.shards:
-        if limit is not None and len(samples) >= limit:
-            break
+        if limit is not None and found >= limit:
+            return
         reader = open_shard(index, shard)
-        members = _members(reader)
-        for number, member in enumerate(members):
-            if limit is not None and len(samples) >= limit:
-                break
+        for number, member in enumerate(_members(reader)):
+            if limit is not None and found >= limit:
+                return
             report.examined["images"] += 1
             where = f"{reader.path}: sample {number}"
             try:
@@ -162,9 +183,60 @@ def read_packed(
             except ImageRefused as refusal:
                 report.add("images", refusal.reason, where, refusal.detail)
             else:
-                samples.append(sample)
-    check_outcome(report, "images", len(samples), max_refused_share)
-    return index, samples, report
+                found += 1
+                yield before + number, sample
+        before += shard.samples
+
+
+class PackedRecords(Sequence):
+    """The images of a packed set, read where they are asked for: `records[i]` is sample `numbers[i]` over all shards.
+
+    Opening looks at the shards' sizes only; a shard is mapped at its first sample. Several threads may read at once.
+
+    Raises:
+        DataError: a shard is missing or has another size than the index says. ImageRefused, at access: a damaged sample.
+    """
+
+    def __init__(
+        self, index: PackIndex, numbers: Sequence[int], *, preprocess: bool | None = None, max_words: int = 50
+    ):
+        self._index, self._numbers, self._max_words = index, numbers, max_words
+        self._clean = preprocess if preprocess is not None else not index.keeps_captions
+        self._starts = list(itertools.accumulate((shard.samples for shard in index.shards), initial=0))
+        self._readers: dict[int, BetonReader] = {}
+        for shard in index.shards:
+            path = index.folder / shard.file
+            size = path.stat().st_size if path.is_file() else None
+            if size != shard.size_bytes:
+                got = "no file" if size is None else f"{size:,}"
+                raise DataError(
+                    f"{path}: expected {shard.size_bytes:,} bytes, got {got}; run vpgtrans pack again: it keeps the other shards"
+                )
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, at: int | slice) -> PackedSample | list[PackedSample]:
+        if isinstance(at, slice):
+            return [self[i] for i in range(*at.indices(len(self)))]
+        number = int(self._numbers[at])
+        shard = bisect_right(self._starts, number) - 1
+        reader = self._readers.get(shard)
+        if reader is None:
+            reader = self._readers[shard] = open_shard(self._index, self._index.shards[shard])
+        place = number - self._starts[shard]
+        where = f"{reader.path}: sample {place}"
+        report = RefusalReport(where)
+        try:
+            member = _member(reader, place)
+            sample = _sample(
+                reader.read_field(place, CAPTIONS_FIELD), member, report, where, self._clean, self._max_words
+            )
+        except BetonError as error:
+            raise ImageRefused("unreadable", where, error.what) from error
+        if sample is None:
+            raise ImageRefused("unreadable", where, "its captions are damaged")
+        return sample
 
 
 def _index_path(path: str | os.PathLike[str]) -> Path:
@@ -187,6 +259,18 @@ def _members(reader: BetonReader) -> list[BetonMember | None]:
             rows["height"].tolist(), strict=True,
         )
     ]  # fmt: skip
+
+
+def _member(reader: BetonReader, number: int) -> BetonMember:
+    """The image of one sample; BetonError where it is damaged."""
+    numbers = np.array([number])
+    row = reader.image_rows(IMAGE_FIELD, numbers)[0]
+    offsets, sizes = reader.spans(IMAGE_FIELD, numbers)
+    if not sizes[0]:
+        reader.read_field(number, IMAGE_FIELD)  # says what is wrong with it
+        raise BetonError(reader.path, "damaged image", number, IMAGE_FIELD)
+    raw_size = (int(row["width"]), int(row["height"])) if row["mode"] == RAW else None
+    return BetonMember(reader.path, number, int(offsets[0]), int(sizes[0]), raw_size)
 
 
 def _sample(

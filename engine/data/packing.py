@@ -12,20 +12,64 @@ Shape letters: R rows, T tokens of a row, P predicted positions, V visual slots.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ...kernels.row_packing import pack_rows
-from .coco import CaptionSet, DataError
+from .coco import DataError
+from .image_order import ImageOrder, image_order
 from .images import sample_rng
 
-if TYPE_CHECKING:
-    from ..models.llm import LanguageModel
+
+class CaptionCounts:
+    """How many captions each image has: `counts[i]`, and pairs of a range of images."""
+
+    def __getitem__(self, image: int) -> int:
+        raise NotImplementedError
+
+    def pairs(self, start: int, stop: int, limit: int | None) -> int:
+        """Pairs of images `start` to `stop` with at most `limit` captions each."""
+        raise NotImplementedError
+
+
+class ListedCounts(CaptionCounts):
+    def __init__(self, captions_of: Sequence[int]):
+        self._captions_of = captions_of
+
+    def __getitem__(self, image: int) -> int:
+        return self._captions_of[image]
+
+    def pairs(self, start: int, stop: int, limit: int | None) -> int:
+        return sum(min(n, limit or n) for n in self._captions_of[start:stop])
+
+
+class TokenisedCaptions(Protocol):
+    """Captioned images with token ids, in lists (`CaptionData`), memory-mapped (`TokenTable`), or several joined.
+
+    `ids[i][k]` is caption k of image i, framed as the language model packs them; `records[i]` is the image.
+    """
+
+    name: str
+    records: Sequence
+    ids: Sequence[Sequence[Sequence[int]]]
+
+    @property
+    def counts(self) -> CaptionCounts: ...
+
+    @property
+    def pair_count(self) -> int: ...
+
+    def lead(self, image: int) -> Sequence[int]:
+        """Ids before the visual tokens of an image; none for plain captions."""
+
+    def question_tokens(self, image: int, caption: int) -> int:
+        """How many of the first ids of a caption are no targets; 0 for plain captions."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +87,10 @@ class CaptionData:
     unsupervised: dict[int, list[int]] = field(default_factory=dict)
 
     @property
+    def counts(self) -> CaptionCounts:
+        return ListedCounts([len(captions) for captions in self.ids])
+
+    @property
     def pair_count(self) -> int:
         return sum(len(captions) for captions in self.ids)
 
@@ -56,22 +104,71 @@ class CaptionData:
         return counts[caption] if counts else 0
 
 
-def tokenize(captions: CaptionSet, llm: LanguageModel, max_tokens: int) -> CaptionData:
-    """Token ids of every caption, made once."""
-    ids = iter(llm.all_caption_ids([c for r in captions.records for c in r.captions], max_tokens))
-    return CaptionData(captions.name, captions.records, [[next(ids) for _ in r.captions] for r in captions.records])
+def join(sets: Sequence[TokenisedCaptions]) -> TokenisedCaptions:
+    """Several sets as one, in order; nothing is copied, and plain captions and conversations may be mixed."""
+    return sets[0] if len(sets) == 1 else JoinedCaptions(sets)
 
 
-def join(sets: Sequence[CaptionData]) -> CaptionData:
-    """Several sets as one, in order; plain captions and conversations may be mixed."""
-    starts = np.cumsum([0, *(len(s.ids) for s in sets)]).tolist()
-    return CaptionData(
-        "+".join(s.name for s in sets),
-        [r for s in sets for r in s.records],
-        [i for s in sets for i in s.ids],
-        {start + i: lead for start, s in zip(starts, sets, strict=False) for i, lead in s.leads.items()},
-        {start + i: counts for start, s in zip(starts, sets, strict=False) for i, counts in s.unsupervised.items()},
-    )
+class JoinedCaptions(CaptionCounts):
+    """Sets side by side: image i of the whole is image i - start of the set that it falls into."""
+
+    def __init__(self, sets: Sequence[TokenisedCaptions]):
+        self.sets = sets
+        self.name = "+".join(s.name for s in sets)
+        self.records = _Chained([s.records for s in sets])
+        self.ids = _Chained([s.ids for s in sets])
+        self._counts = [s.counts for s in sets]
+
+    def __getitem__(self, image: int) -> int:
+        part, at = self.ids.place(image)
+        return self._counts[part][at]
+
+    @property
+    def counts(self) -> CaptionCounts:
+        return self
+
+    @property
+    def pair_count(self) -> int:
+        return sum(s.pair_count for s in self.sets)
+
+    def pairs(self, start: int, stop: int, limit: int | None) -> int:
+        total = 0
+        for part, first, end in zip(self._counts, self.ids.starts, self.ids.starts[1:], strict=False):
+            if max(start, first) < min(stop, end):
+                total += part.pairs(max(start, first) - first, min(stop, end) - first, limit)
+        return total
+
+    def lead(self, image: int) -> Sequence[int]:
+        part, at = self.ids.place(image)
+        return self.sets[part].lead(at)
+
+    def question_tokens(self, image: int, caption: int) -> int:
+        part, at = self.ids.place(image)
+        return self.sets[part].question_tokens(at, caption)
+
+
+class _Chained(Sequence):
+    """Sequences one after the other."""
+
+    def __init__(self, parts: Sequence[Sequence]):
+        self.parts = parts
+        self.starts = np.cumsum([0, *(len(p) for p in parts)]).tolist()
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def place(self, at: int) -> tuple[int, int]:
+        """(part, place in it)."""
+        if not 0 <= at < len(self):
+            raise IndexError(f"image: expected 0 to {len(self) - 1:,}, got {at}")
+        part = bisect_right(self.starts, at) - 1
+        return part, at - self.starts[part]
+
+    def __getitem__(self, at: int | slice) -> Any:
+        if isinstance(at, slice):
+            return [self[i] for i in range(*at.indices(len(self)))]
+        part, place = self.place(at)
+        return self.parts[part][place]
 
 
 @dataclass(frozen=True)
@@ -105,18 +202,18 @@ class Position:
 
 
 class UpdateOrder:
-    """Deals out updates of exactly `batch_pairs` pairs, epoch after epoch, from a random order of the images of each subset.
+    """Deals out updates of exactly `batch_pairs` pairs, epoch after epoch, from an order of the images of each subset (`image_order`).
 
     captions_of: captions of each image.  captions_per_image: "all", or at most k captions of an image and epoch, drawn anew each epoch.
     """
 
     def __init__(
-        self, captions_of: Sequence[int], subsets: Sequence[Subset], batch_pairs: int, seed: int, captions_per_image: str | int = "all",
-        position: Position | None = None,
+        self, captions_of: Sequence[int] | CaptionCounts, subsets: Sequence[Subset], batch_pairs: int, seed: int,
+        captions_per_image: str | int = "all", position: Position | None = None, order: ImageOrder = "random",
     ):  # fmt: skip
         if not subsets or any(s.stop <= s.start for s in subsets):
             raise DataError("data.train: expected at least one captioned image in each set, got none")
-        self.captions_of = captions_of
+        self.captions_of = captions_of if isinstance(captions_of, CaptionCounts) else ListedCounts(captions_of)
         self.subsets = list(subsets)
         self.batch_pairs = batch_pairs
         self.seed = seed
@@ -125,7 +222,8 @@ class UpdateOrder:
         # A subset is drawn an image at a time, so its chance is its share of pairs over its captions an image.
         chances = np.array([s.weight / (self._pairs(s) / (s.stop - s.start)) for s in subsets])
         self._bounds = np.cumsum(chances / chances.sum())
-        self._orders: dict[int, tuple[int, np.ndarray]] = {}
+        self._kind: ImageOrder = order
+        self._orders: dict[int, tuple[int, Sequence[int] | np.ndarray]] = {}
 
     @property
     def epoch_pairs(self) -> int:
@@ -161,12 +259,12 @@ class UpdateOrder:
         return min(int(np.searchsorted(self._bounds, number, side="right")), len(self.subsets) - 1)
 
     def _pairs(self, subset: Subset) -> int:
-        return sum(min(n, self.limit or n) for n in self.captions_of[subset.start : subset.stop])
+        return self.captions_of.pairs(subset.start, subset.stop, self.limit)
 
-    def _order(self, subset: int, epoch: int) -> np.ndarray:
+    def _order(self, subset: int, epoch: int) -> Sequence[int] | np.ndarray:
         if self._orders.get(subset, (-1,))[0] != epoch:
             size = self.subsets[subset].stop - self.subsets[subset].start
-            self._orders[subset] = epoch, sample_rng(self.seed, epoch, f"order/{subset}").permutation(size)
+            self._orders[subset] = epoch, image_order(self._kind, size, sample_rng(self.seed, epoch, f"order/{subset}"))
         return self._orders[subset][1]
 
     def _captions(self, image: int, epoch: int) -> list[int]:
@@ -235,7 +333,7 @@ class _Segment:
 
 def pack_update(
     groups: list[Group],
-    data: CaptionData,
+    data: TokenisedCaptions,
     queries: int,
     row_tokens: int,
     rows_per_batch: int,
@@ -259,7 +357,7 @@ def pack_update(
     return batches
 
 
-def _segments(index: int, group: Group, data: CaptionData, queries: int, row_tokens: int) -> list[_Segment]:
+def _segments(index: int, group: Group, data: TokenisedCaptions, queries: int, row_tokens: int) -> list[_Segment]:
     segments: list[_Segment] = []
     captions: list[int] = []
     lead = len(data.lead(group.image))
@@ -281,7 +379,7 @@ def _segments(index: int, group: Group, data: CaptionData, queries: int, row_tok
 
 
 def _build(
-    rows: list[list[_Segment]], groups: list[Group], data: CaptionData, queries: int, width: int | None, pad: int
+    rows: list[list[_Segment]], groups: list[Group], data: TokenisedCaptions, queries: int, width: int | None, pad: int
 ) -> PackedBatch:
     width = width or max(sum(s.length for s in row) for row in rows)
     used = sorted({s.group for row in rows for s in row})

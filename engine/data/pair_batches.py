@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .images import sample_rng
-from .packing import CaptionData, Group
+from .packing import Group, TokenisedCaptions
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def split_caption(
 
 
 def pack_pairs(
-    groups: list[Group], data: CaptionData, queries: int, *, token_budget: int, starts_word: np.ndarray, start: int, eos: int, pad: int,
+    groups: list[Group], data: TokenisedCaptions, queries: int, *, token_budget: int, starts_word: np.ndarray, start: int, eos: int, pad: int,
     split_seed: int | None,
 ) -> list[PairBatch]:  # fmt: skip
     """Micro-batches of at most `token_budget` padded tokens (visual, encoder and decoder), the pairs of an image side by side.

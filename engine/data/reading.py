@@ -77,6 +77,13 @@ class RefusalReport:
             "named": [vars(refusal) for refusal in self.named],
         }
 
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> RefusalReport:
+        """What `to_dict` has made."""
+        counts = {unit: Counter(reasons) for unit, reasons in value["counts"].items()}
+        named = [Refusal(**refusal) for refusal in value["named"]]
+        return cls(value["source"], Counter(value["examined"]), counts, named)
+
     def write_json(self, path: str | os.PathLike[str]) -> None:
         """Write the report (ASCII JSON, so that broken text in it survives)."""
         Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="ascii")

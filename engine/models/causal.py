@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.packing import CaptionData, Group, PackedBatch, pack_update
+from ..data.packing import Group, PackedBatch, TokenisedCaptions, pack_update
 from ..recipe import Generation
 from .llm import LanguageModel, ModelError, prompt_counts_in_beam_score
 
@@ -71,7 +71,7 @@ class CausalLanguageModel(LanguageModel):
         return [self.special.bos, *ids, self.special.newline][:max_tokens]
 
     def pack(
-        self, groups: list[Group], data: CaptionData, queries: int, *, row_tokens: int, rows_per_batch: int, fixed_shape: bool = False,
+        self, groups: list[Group], data: TokenisedCaptions, queries: int, *, row_tokens: int, rows_per_batch: int, fixed_shape: bool = False,
         split_seed: int | None = None,
     ) -> list[PackedBatch]:  # fmt: skip
         """Rows of `[visual][caption 1][caption 2]...`, best fit (data/packing.py)."""

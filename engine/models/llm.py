@@ -21,7 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 from ..recipe import Generation
 
 if TYPE_CHECKING:
-    from ..data.packing import Batch, CaptionData, Group
+    from ..data.packing import Batch, Group, TokenisedCaptions
 
 
 LOAD_ERRORS = (
@@ -119,7 +119,7 @@ class LanguageModel(nn.Module, ABC):
     def pack(
         self,
         groups: list[Group],
-        data: CaptionData,
+        data: TokenisedCaptions,
         queries: int,
         *,
         row_tokens: int,

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.packing import CaptionData, Group
+from ..data.packing import Group, TokenisedCaptions
 from ..data.pair_batches import PairBatch, pack_pairs
 from ..recipe import Generation
 from .llm import LanguageModel, ModelError, prompt_counts_in_beam_score
@@ -55,7 +55,7 @@ class Seq2SeqLanguageModel(LanguageModel):
         return ids[: max_tokens - 1]
 
     def pack(
-        self, groups: list[Group], data: CaptionData, queries: int, *, row_tokens: int, rows_per_batch: int, fixed_shape: bool = False,
+        self, groups: list[Group], data: TokenisedCaptions, queries: int, *, row_tokens: int, rows_per_batch: int, fixed_shape: bool = False,
         split_seed: int | None = None,
     ) -> list[PairBatch]:  # fmt: skip
         """One pair a row (data/pair_batches.py); `row_tokens x rows_per_batch` is the budget of padded tokens."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..data.packing import Batch, CaptionData, Group
+from ..data.packing import Batch, Group, TokenisedCaptions
 from ..recipe import Generation, TransferData
 from .llm import LanguageModel
 from .vpg import VPG
@@ -45,7 +45,7 @@ class VisionLanguageModel(nn.Module):
         self.llm.train(frozen_dropout)
 
     def pack(
-        self, groups: list[Group], data: CaptionData, layout: TransferData, *, fixed_shape: bool = False, split_seed: int | None = None
+        self, groups: list[Group], data: TokenisedCaptions, layout: TransferData, *, fixed_shape: bool = False, split_seed: int | None = None
     ) -> Sequence[Batch]:  # fmt: skip
         """The groups of an update as micro-batches of the language model's kind."""
         return self.llm.pack(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 
@@ -86,3 +88,55 @@ def test_it_waits_when_it_is_far_enough_ahead():
 def test_an_error_in_the_thread_reaches_the_loop(depth):
     with pytest.raises(OSError, match="the disk is gone"):
         consumed(stream(Features(fails_at=4), depth=depth))
+
+
+def test_one_two_and_one_ranks_go_on_as_one_would():
+    """Updates 0 and 1 by one process, 2 and 3 by two, 4 by one: every micro-batch once, in the order of an uninterrupted process."""
+    whole = consumed(stream())
+    found = consumed(stream(lengths=LENGTHS[:2]))
+    ranks = [
+        consumed(stream(position=Position(**found[-1][3]), lengths=LENGTHS[2:4], rank=rank, world_size=2))
+        for rank in (0, 1)
+    ]
+    for first, second in zip(*ranks, strict=True):
+        assert first[:4] == second[:4]
+        merged: list = [None] * first[2]
+        merged[0::2], merged[1::2] = first[4], second[4]
+        found.append((*first[:4], merged))
+    found += consumed(stream(position=Position(**found[-1][3]), lengths=LENGTHS[4:]))
+    assert found == whole
+
+
+GROWTH = """
+import resource, sys
+from vpgtrans.engine.data.packing import CaptionData, Subset, UpdateOrder, pack_update
+from vpgtrans.engine.data.stream import UpdateStream
+import torch
+
+class Features:
+    def prepare(self, groups):
+        return torch.empty(len(groups), 3, 64, 64, dtype=torch.uint8)
+
+data = CaptionData("x", [None] * 99, [[[1, 5 + i, 2, 3][: 2 + k] for k in range(1 + i % 3)] for i in range(99)])
+order = UpdateOrder([len(i) for i in data.ids], [Subset(0, 99)], 5, seed=3)
+batches = int(sys.argv[1])
+stream = UpdateStream(order, iter([5] * batches), lambda groups: pack_update(groups, data, 2, 8, 8, 0), Features(), depth=4)
+sizes, seen = [], 0
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+for update, own in stream:
+    seen += sum(1 for _ in own)
+    if seen >= (len(sizes) + 1) * batches // 10:
+        sizes.append(resident())
+print(seen, max(sizes[5:]) - sizes[1], order.position.epochs[0])
+"""
+
+
+@pytest.mark.parametrize("batches", [2_000, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_memory_stays_flat(batches):
+    """Resident memory of the second half of a run against that after its first fifth."""
+    command = [sys.executable, "-c", GROWTH, str(batches)]
+    seen, grown, epochs = map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    assert seen == batches and epochs > batches // 50
+    assert grown < 2 * 2**20

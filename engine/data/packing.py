@@ -12,6 +12,7 @@ Shape letters: R rows, T tokens of a row, P predicted positions, V visual slots.
 
 from __future__ import annotations
 
+import copy
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -218,7 +219,7 @@ class UpdateOrder:
         self.batch_pairs = batch_pairs
         self.seed = seed
         self.limit = None if captions_per_image == "all" else int(captions_per_image)
-        self.position = position or Position([0] * len(subsets), [0] * len(subsets))
+        self.position = copy.deepcopy(position) if position else Position([0] * len(subsets), [0] * len(subsets))
         # A subset is drawn an image at a time, so its chance is its share of pairs over its captions an image.
         chances = np.array([s.weight / (self._pairs(s) / (s.stop - s.start)) for s in subsets])
         self._bounds = np.cumsum(chances / chances.sum())

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,7 @@ from vpgtrans.engine.data.conversation import INSTRUCTIONS, tokenize_entry
 from vpgtrans.engine.data.images import ImageRefused
 from vpgtrans.engine.data.packing import join
 from vpgtrans.engine.data.reading import DataError, RefusalReport
-from vpgtrans.engine.data.token_table import TableError, TokenTable, write_table
+from vpgtrans.engine.data.token_table import TableError, TableRow, TokenTable, write_table
 from vpgtrans.engine.pretrain.tokenizer import train_word_level
 from vpgtrans.engine.recipe import ImageData
 from vpgtrans.engine.runlog import RunLog
@@ -53,12 +55,22 @@ def photographs(tmp_path) -> Path:
     (tmp_path / "captions.json").write_text(json.dumps(value))
     command = ["pack", str(tmp_path / "captions.json"), str(tmp_path / "packed"), "--images", str(tmp_path / "images")]
     assert main([*command, "--shard-images", "3"]) == 0
+    for number, images in enumerate(((0, 1, 2), (3, 4, 5, 6))):
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:
+            for i in images:
+                tar.add(tmp_path / "images" / f"{i}.jpg", f"{i:03d}.jpg")
+                text = annotations[[a["image_id"] for a in annotations].index(i)]["caption"].encode()
+                member = tarfile.TarInfo(f"{i:03d}.txt")
+                member.size = len(text)
+                tar.addfile(member, io.BytesIO(text))
     return tmp_path
 
 
 def entry(folder: Path, kind: str, **settings) -> ImageData:
     if kind == "pack":
         return ImageData(captions=folder / "packed", format="pack", **settings)
+    if kind == "tars":
+        return ImageData(captions=str(folder / "{0,1}.tar"), format="laion_coco", **settings)
     return ImageData(captions=folder / "captions.json", images=folder / "images", **settings)
 
 
@@ -71,7 +83,7 @@ def opened(folder: Path, kind: str, llm, name=None, **settings) -> TokenTable:
         log.close()
 
 
-@pytest.mark.parametrize("kind", ["coco", "pack"])
+@pytest.mark.parametrize("kind", ["coco", "pack", "tars"])
 @pytest.mark.parametrize("settings", [{}, {"skip": 2, "limit": 3}, {"style": "conversation"}])
 def test_a_table_holds_what_lists_hold(kind, settings, photographs, llm):
     listed = tokenize_entry(
@@ -91,18 +103,20 @@ def test_a_table_holds_what_lists_hold(kind, settings, photographs, llm):
         for limit in (None, 1, 2, 9):
             for bounds in ((0, len(table)), (1, 3)):
                 assert table.pairs(*bounds, limit) == listed.counts.pairs(*bounds, limit)
-        assert ("without captions" in table.refused.summary()) == (kind == "coco")  # packing had refused it before
+        assert ("without captions" in table.refused.summary()) == (kind != "pack")  # packing had refused it before
     joined = join([table, listed])
     assert joined.ids[len(table)] == listed.ids[0] and joined.ids[0][0].tolist() == listed.ids[0][0]
 
 
-def test_a_packed_set_is_read_once(photographs, llm, monkeypatch):
+@pytest.mark.parametrize("kind", ["pack", "tars"])
+def test_a_packed_set_is_read_once(kind, photographs, llm, monkeypatch):
     """The second opening reads neither samples nor captions, and tokenises nothing."""
-    first = opened(photographs, "pack", llm)
+    first = opened(photographs, kind, llm)
     monkeypatch.setattr(captioned, "iterate_packed", None)
+    monkeypatch.setattr(captioned, "iterate_tars", None)
     monkeypatch.setattr(packed, "open_shard", None)
     monkeypatch.setattr(llm, "all_caption_ids", None)
-    second = opened(photographs, "pack", llm)
+    second = opened(photographs, kind, llm)
     assert second.folder == first.folder and second.refused.to_dict() == first.refused.to_dict()
     assert [[ids.tolist() for ids in image] for image in second.ids] == [
         [ids.tolist() for ids in image] for image in first.ids
@@ -151,7 +165,7 @@ def test_a_damaged_table_is_made_again(photographs, llm):
 
 def test_a_failing_writer_leaves_nothing(tmp_path):
     def rows():
-        yield [[1, 2]], None, None
+        yield TableRow([[1, 2]])
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space"):
@@ -179,7 +193,7 @@ def test_ids_are_as_narrow_as_the_vocabulary_allows(tmp_path):
         folder = tmp_path / str(vocabulary)
         write_table(
             folder,
-            [([[vocabulary - 1, 0], []], None, None), ([], None, None)],
+            [TableRow([[vocabulary - 1, 0], []]), TableRow([])],
             RefusalReport("x"),
             vocabulary=vocabulary,
         )
@@ -212,7 +226,7 @@ print(len(table), pairs, order.epoch_pairs, len(ids), set(map(len, ids)), grown)
 def test_ten_million_images_open_in_little_memory(tmp_path):
     """One caption of 13 ids each, the ids themselves a sparse file: the map, the order of the first epoch and the first update."""
     images = 10_000_000
-    write_table(tmp_path / "table", [([[0] * 13], None, None)], RefusalReport("x"), vocabulary=100)
+    write_table(tmp_path / "table", [TableRow([[0] * 13])], RefusalReport("x"), vocabulary=100)
     about = json.loads((tmp_path / "table" / "table.json").read_text())
     about.update(images=images, captions=images, tokens=13 * images, images_with_captions={"1": images})
     (tmp_path / "table" / "table.json").write_text(json.dumps(about))

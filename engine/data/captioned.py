@@ -1,7 +1,7 @@
 """A recipe's captioned data sets, opened: token ids in a memory-mapped table that is made at the first use and found again by its key.
 
-The key is a hash of the captions and of everything that decides their ids.  For a packed set it is a hash of the set's index, so that
-opening one a second time reads neither samples nor captions: ten million images open as quickly as ten.
+The key is a hash of the captions and of everything that decides their ids.  For a packed set it is a hash of the set's index, for tars of
+their names, sizes and times, so that opening one a second time reads neither samples nor captions: ten million images open as quickly as ten.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,12 @@ from ..recipe import ImageData
 from ..runlog import RunLog
 from .coco import ImageRecord, read_image_data
 from .conversation import Framer
+from .formats import caption_source
 from .packed import PackedRecords, is_pack, iterate_packed, read_index
 from .reading import DataError, RefusalReport, VerifyImages, check_outcome
-from .token_table import TABLE_VERSION, TableError, TokenTable, in_chunks, write_table
+from .tar_member import TarMember
+from .token_table import TABLE_VERSION, TableError, TableRow, TokenTable, in_chunks, write_table
+from .webdataset import check_tars_outcome, expand_tars, iterate_tars
 
 MAX_REFUSED_SHARE = 0.5
 
@@ -50,6 +53,9 @@ def open_captioned(
     name = name or entry.name
     if entry.format == "pack" or (entry.format == "auto" and is_pack(entry.captions)):
         return _open_packed(entry, framer, verify_images, cache_root, log, name)
+    source, in_tars = caption_source(entry.captions, entry.format)
+    if in_tars:
+        return _open_tars(entry, source, framer, verify_images, cache_root, log, name)
     found = read_image_data(entry, verify_images, name)
     folder = cache_root / f"tokens-{name}-{_key(framer, *((r.image_id, r.captions) for r in found.records))}"
 
@@ -57,7 +63,7 @@ def open_captioned(
         for records in in_chunks(found.records):
             ids, questions = framer(records)
             for i, captions in enumerate(ids):
-                yield captions, questions[i] if questions else None, None
+                yield TableRow(captions, questions[i] if questions else None)
 
     _make_if_missing(folder, rows, RefusalReport(found.refused.source), framer, log)
     table = TokenTable(folder, name, found.records)
@@ -88,7 +94,7 @@ def _open_packed(
             records = [ImageRecord(s.image_id, s.path, s.captions, s.domain) for _, s in chunk]
             ids, questions = framer(records)
             for i, (number, _) in enumerate(chunk):
-                yield ids[i], questions[i] if questions else None, number
+                yield TableRow(ids[i], questions[i] if questions else None, sample=number)
         check_outcome(report, "images", count, MAX_REFUSED_SHARE)
         if entry.skip >= count:
             raise DataError(f"skip: expected less than the {count:,} images of {entry.captions}, got {entry.skip}")
@@ -97,6 +103,57 @@ def _open_packed(
     table = TokenTable(folder, name, None)
     table.records = PackedRecords(index, table.samples, preprocess=preprocess)
     return table
+
+
+def _open_tars(
+    entry: ImageData, source: str, framer: Framer, verify_images: VerifyImages, cache_root: Path, log: RunLog, name: str
+) -> TokenTable:
+    if entry.images is not None or entry.split is not None:
+        raise DataError(f"images, split: expected neither, because the tars of {source} hold both images and captions")
+    limit = None if entry.limit is None else entry.skip + entry.limit
+    tars = expand_tars(source)
+    stats = [(str(t.absolute()), t.stat().st_size, t.stat().st_mtime_ns) for t in tars if t.is_file()]
+    folder = (
+        cache_root / f"tokens-{name}-{_key(framer, [str(t) for t in tars], stats, verify_images, entry.skip, limit)}"
+    )
+    report = RefusalReport(source)
+
+    def rows() -> Iterator[Any]:
+        numbers = {tar: number for number, tar in enumerate(tars)}
+        count = 0
+        for chunk in in_chunks(iterate_tars(source, report, verify_images=verify_images, limit=limit)):
+            count += len(chunk)
+            chunk = chunk[max(0, entry.skip - count + len(chunk)) :]
+            ids, questions = framer([ImageRecord(s.image_id, s.image, [s.caption]) for s in chunk])
+            for i, s in enumerate(chunk):
+                record = [s.image_id, numbers[s.image.tar], s.image.member, s.image.offset, s.image.size, [s.caption]]
+                yield TableRow(ids[i], questions[i] if questions else None, record=record)
+        check_tars_outcome(report, count, MAX_REFUSED_SHARE)
+        if entry.skip >= count:
+            raise DataError(f"skip: expected less than the {count:,} images of {entry.captions}, got {entry.skip}")
+
+    _make_if_missing(folder, rows, report, framer, log)
+    table = TokenTable(folder, name, None)
+    table.records = TarRecords(table, tars)
+    return table
+
+
+class TarRecords(Sequence):
+    """The images of a set in tars, from what its table has stored."""
+
+    def __init__(self, table: TokenTable, tars: Sequence[Path]):
+        self._table, self._tars = table, tars
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, at: int | slice) -> ImageRecord | list[ImageRecord]:
+        if isinstance(at, slice):
+            return [self[i] for i in range(*at.indices(len(self)))]
+        if not -len(self) <= at < len(self):
+            raise IndexError(f"image: expected 0 to {len(self) - 1:,}, got {at}")
+        image_id, tar, member, offset, size, captions = self._table.stored_record(at % len(self))
+        return ImageRecord(image_id, TarMember(self._tars[tar], member, offset, size), captions)
 
 
 def _make_if_missing(folder: Path, rows: Any, report: RefusalReport, framer: Framer, log: RunLog) -> None:

@@ -10,6 +10,7 @@ A table is a folder, written under another name and renamed when complete:
 | `tokens.bin` | ids of all captions, uint16 where the vocabulary fits, else uint32 |
 | `questions.bin` | conversations only, int32 (captions): first ids of each caption that are no targets |
 | `samples.bin` | packed sets only, int64 (images): each image's number over all shards of the set |
+| `records.bin`, `records_before.bin` | sets in tars only: a JSON text an image, where it lies and its captions; bytes before image i |
 
 Ten million captions of 13 ids take 0.4 GB on the disk, and of the memory only what was touched lately.
 """
@@ -23,6 +24,7 @@ import shutil
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
@@ -61,6 +63,9 @@ class TokenTable(CaptionCounts):
         self._tokens = _map(folder, "tokens", np.dtype(self.about["dtype"]), self.about["tokens"])
         self._questions = _map(folder, "questions", np.int32, captions) if self.about["has_questions"] else None
         self.samples = _map(folder, "samples", np.int64, images) if self.about["has_samples"] else None
+        size = self.about["record_bytes"]
+        self._records_before = _map(folder, "records_before", np.int64, images + 1) if size else None
+        self._records = _map(folder, "records", np.uint8, size) if size else None
         self._lead = tuple(self.about["lead"])
         if records is not None and len(records) != images:
             raise TableError(f"{folder}: expected {len(records):,} images, got {images:,}; delete it, it is made again")
@@ -102,6 +107,11 @@ class TokenTable(CaptionCounts):
     def question_tokens(self, image: int, caption: int) -> int:
         """How many of the first ids of a caption are no targets; 0 for plain captions."""
         return 0 if self._questions is None else int(self._questions[self._captions_before[image] + caption])
+
+    def stored_record(self, image: int) -> Any:
+        """What `write_table` was given as the record of an image."""
+        assert self._records is not None and self._records_before is not None
+        return json.loads(self._records[self._records_before[image] : self._records_before[image + 1]].tobytes())
 
     def caption_ids(self, image: int, caption: int) -> np.ndarray:
         """Ids (tokens,) of one caption, a view of the map; IndexError where the image has no such caption."""
@@ -145,22 +155,25 @@ class ImageIds(Sequence):
         return self._table.caption_ids(self._image, caption)
 
 
+@dataclass(frozen=True)
+class TableRow:
+    """One image for `write_table`: ids of its captions; for conversations the count of question ids of each; for packed sets the number of
+    the sample; for sets that have no other index what `TokenTable.stored_record` is to give back."""
+
+    captions: Sequence[Sequence[int]]
+    questions: Sequence[int] | None = None
+    sample: int | None = None
+    record: Any = None
+
+
 def write_table(
-    folder: Path,
-    rows: Iterable[tuple[Sequence[Sequence[int]], Sequence[int] | None, int | None]],
-    refused: RefusalReport,
-    *,
-    vocabulary: int,
-    lead: Sequence[int] = (),
-    about: dict[str, Any] | None = None,
-) -> None:
+    folder: Path, rows: Iterable[TableRow], refused: RefusalReport, *, vocabulary: int, lead: Sequence[int] = (),
+) -> None:  # fmt: skip
     """Write a table from a stream of images; nothing stands under `folder` until it is complete.
 
     Args:
-        rows: for each image the ids of its captions, for conversations the count of question ids of each, for packed sets the sample.
         refused: complete only when `rows` has ended.
         vocabulary: ids are below it.
-        about: added to `table.json`.
     """
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -168,18 +181,12 @@ def write_table(
     try:
         with contextlib.ExitStack() as stack:
             writer = _Writer(temporary, np.dtype(np.uint16 if vocabulary <= 1 << 16 else np.uint32), stack)
-            for captions, questions, sample in rows:
-                writer.add(captions, questions, sample)
+            for row in rows:
+                writer.add(row)
             totals = writer.finish()
-        described = {
-            **(about or {}),
-            **totals,
-            "version": TABLE_VERSION,
-            "lead": list(lead),
-            "refused": refused.to_dict(),
-        }
+        about = {**totals, "version": TABLE_VERSION, "lead": list(lead), "refused": refused.to_dict()}
         with (temporary / "table.json").open("w", encoding="ascii") as file:
-            json.dump(described, file)
+            json.dump(about, file)
             file.flush()
             os.fsync(file.fileno())
         try:
@@ -194,34 +201,32 @@ def write_table(
 class _Writer:
     """The files of a table, written side by side."""
 
-    def __init__(self, folder: Path, dtype: np.dtype, stack: contextlib.ExitStack):
-        self._files = {
-            name: stack.enter_context((folder / f"{name}.bin").open("wb"))
-            for name in ("captions_before", "tokens_before", "tokens", "questions", "samples")
-        }
-        self._dtype = dtype
-        self._waiting = {name: array("q") for name in self._files}
-        self._waiting["captions_before"].append(0)
-        self._waiting["tokens_before"].append(0)
-        self._captions = self._tokens = self._questions = self._samples = 0
+    def __init__(self, folder: Path, ids: np.dtype, stack: contextlib.ExitStack):
+        self._dtypes = {
+            "captions_before": np.dtype(np.int64), "tokens_before": np.dtype(np.int64), "tokens": ids, "questions": np.dtype(np.int32),
+            "samples": np.dtype(np.int64), "records_before": np.dtype(np.int64), "records": np.dtype(np.uint8),
+        }  # fmt: skip
+        self._files = {name: stack.enter_context((folder / f"{name}.bin").open("wb")) for name in self._dtypes}
+        self._waiting = {name: array("q") for name in self._dtypes}
+        self._written = dict.fromkeys(self._dtypes, 0)
+        for name in ("captions_before", "tokens_before", "records_before"):
+            self._waiting[name].append(0)
         self._with_captions: Counter[int] = Counter()
 
-    def add(self, captions: Sequence[Sequence[int]], questions: Sequence[int] | None, sample: int | None) -> None:
+    def add(self, row: TableRow) -> None:
         waiting = self._waiting
-        for ids in captions:
+        for ids in row.captions:
             waiting["tokens"].extend(ids)
-            self._tokens += len(ids)
-            waiting["tokens_before"].append(self._tokens)
-        self._captions += len(captions)
-        self._with_captions[len(captions)] += 1
-        waiting["captions_before"].append(self._captions)
-        if questions is not None:
-            waiting["questions"].extend(questions)
-            self._questions += len(questions)
-        if sample is not None:
-            waiting["samples"].append(sample)
-            self._samples += 1
-        if len(waiting["tokens"]) >= _COUNTED_AT_ONCE:
+            waiting["tokens_before"].append(self._count("tokens"))
+        self._with_captions[len(row.captions)] += 1
+        waiting["captions_before"].append(self._count("tokens_before") - 1)
+        waiting["questions"].extend(row.questions or ())
+        if row.sample is not None:
+            waiting["samples"].append(row.sample)
+        if row.record is not None:
+            waiting["records"].extend(json.dumps(row.record).encode())
+            waiting["records_before"].append(self._count("records"))
+        if max(len(waiting["tokens"]), len(waiting["records"])) >= _COUNTED_AT_ONCE:
             self._flush()
 
     def finish(self) -> dict[str, Any]:
@@ -229,18 +234,23 @@ class _Writer:
         for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())
-        images = sum(self._with_captions.values())
-        assert self._questions in (0, self._captions) and self._samples in (0, images)
+        images, captions = sum(self._with_captions.values()), self._written["tokens_before"] - 1
+        assert self._written["questions"] in (0, captions) and self._written["samples"] in (0, images)
+        assert self._written["records_before"] in (1, images + 1)
         return {
-            "images": images, "captions": self._captions, "tokens": self._tokens, "dtype": self._dtype.name,
-            "has_questions": self._questions > 0, "has_samples": self._samples > 0,
+            "images": images, "captions": captions, "tokens": self._written["tokens"], "dtype": self._dtypes["tokens"].name,
+            "has_questions": self._written["questions"] > 0, "has_samples": self._written["samples"] > 0,
+            "record_bytes": self._written["records"],
             "images_with_captions": {str(n): images for n, images in sorted(self._with_captions.items())},
         }  # fmt: skip
 
+    def _count(self, name: str) -> int:
+        return self._written[name] + len(self._waiting[name])
+
     def _flush(self) -> None:
         for name, values in self._waiting.items():
-            dtype = {"tokens": self._dtype, "questions": np.dtype(np.int32)}.get(name, np.dtype(np.int64))
-            self._files[name].write(np.asarray(values, dtype).tobytes())
+            self._files[name].write(np.asarray(values, self._dtypes[name]).tobytes())
+            self._written[name] += len(values)
             self._waiting[name] = array("q")
 
 

@@ -115,20 +115,34 @@ def read_tars(
         DataError: an option or the pattern cannot be used, no image is usable, or too many are refused.
     """
     check_options(limit, max_refused_share)
+    report = RefusalReport(os.fspath(pattern))
+    samples = list(
+        iterate_tars(
+            pattern, report, max_words=max_words, verify_images=verify_images, max_pixels=max_pixels, limit=limit
+        )
+    )
+    check_tars_outcome(report, len(samples), max_refused_share)
+    return samples, report
+
+
+def iterate_tars(
+    pattern: str | os.PathLike[str], report: RefusalReport, *, max_words: int | None = 50, verify_images: VerifyImages = "header",
+    max_pixels: int = PIXEL_LIMIT, limit: int | None = None,
+) -> Iterator[TarSample]:  # fmt: skip
+    """The usable samples in the tars' order, a tar in memory at a time; the others are counted and named in `report`."""
     if verify_images not in ("none", "header", "full"):
         raise DataError(f"verify_images: expected 'none', 'header' or 'full', got {verify_images!r}")
     verifier = {"none": None, "header": read_header, "full": check_image}[verify_images]
     tars = expand_tars(pattern)
     shared = os.path.commonpath([os.path.abspath(tar.parent) for tar in tars])
-    report = RefusalReport(os.fspath(pattern))
-    samples: list[TarSample] = []
+    count = 0
     for tar in tars:
-        if limit is not None and len(samples) >= limit:
-            break
+        if limit is not None and count >= limit:
+            return
         prefix = os.path.relpath(os.path.abspath(tar), shared).removesuffix(".tar")
         for found in _read_tar(tar, report):
-            if limit is not None and len(samples) >= limit:
-                break
+            if limit is not None and count >= limit:
+                return
             report.examined["images"] += 1
             caption = _usable_caption(found, report, max_words)
             if caption is None or found.image is None:
@@ -139,11 +153,15 @@ def read_tars(
             except ImageRefused as refusal:
                 report.add("images", refusal.reason, str(found.image), refusal.detail)
                 continue
-            samples.append(TarSample(f"{prefix}/{found.key}", found.image, caption))
-    if not samples and report.refused("tars"):
+            count += 1
+            yield TarSample(f"{prefix}/{found.key}", found.image, caption)
+
+
+def check_tars_outcome(report: RefusalReport, usable: int, max_refused_share: float) -> None:
+    """Raise DataError where too little of a set of tars is usable."""
+    if not usable and report.refused("tars"):
         check_outcome(report, "tars", 0, 1.0)  # names the tar, where no image was even reached
-    check_outcome(report, "images", len(samples), max_refused_share)
-    return samples, report
+    check_outcome(report, "images", usable, max_refused_share)
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import sys
 from collections.abc import Sequence
 
@@ -38,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vpgtrans", description="Give a language model eyes: transfer a visual prompt generator."
     )
+    parser.add_argument("--version", action="version", version=f"vpgtrans {importlib.metadata.version('vpgtrans')}")
     commands = parser.add_subparsers(dest="command")
     train = _recipe_command(commands, "train", "train a vision-language model from a recipe", _train)
     train.epilog = "also: torchrun engine/train.py RECIPE"
@@ -58,16 +60,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     pretrain.epilog = "lm: a language model that uses context; vision: a small ViT; vpg: BLIP-2's first step"
     scenes = commands.add_parser("scenes", help="render the miniature world: JPEG scenes, captions, questions")
-    scenes.add_argument("out")
+    scenes.add_argument("out", help="new folder for images and COCO-style files")
     for name, count in (("train", 2000), ("source", 2000), ("val", 200), ("text", 8000)):
-        scenes.add_argument(f"--{name}", type=int, default=count)
-    scenes.add_argument("--pixels", type=int, default=72)
-    scenes.add_argument("--seed", type=int, default=0)
+        what = "scenes described in words only" if name == "text" else f"scenes of the split {name!r}"
+        scenes.add_argument(f"--{name}", type=int, default=count, metavar="N", help=f"{what}; default: %(default)s")
+    scenes.add_argument("--pixels", type=int, default=72, metavar="N", help="side of an image; default: %(default)s")
+    scenes.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     scenes.set_defaults(run=_scenes)
     _pack_command(commands)
     demo = commands.add_parser("demo", help="the whole transfer and its baselines on the miniature world")
-    demo.add_argument("--out", default="runs/demo")
-    demo.add_argument("--seeds", type=int, default=1)
+    demo.add_argument("--out", default="runs/demo", help="folder for runs and report; default: %(default)s")
+    demo.add_argument("--seeds", type=int, default=1, metavar="N", help="of every arm; default: %(default)s")
     demo.add_argument(
         "--plan",
         default="recipes/demo/plan.yaml",
@@ -102,7 +105,9 @@ def _pack_command(commands) -> None:
     pack.add_argument("--questions", metavar="Q.json", help="VQA questions of the same images")
     pack.add_argument("--answers", metavar="A.json", help="their annotations")
     pack.add_argument("--name", help="of the set and its shards; default: the source's")
-    pack.add_argument("--shard-images", type=int, default=10_000, metavar="N")
+    pack.add_argument(
+        "--shard-images", type=int, default=10_000, metavar="N", help="images a shard; default: %(default)s"
+    )
     size = pack.add_mutually_exclusive_group()
     size.add_argument("--max-side", type=int, metavar="N", help="shrink to at most N pixels on the longer side")
     size.add_argument("--shorter-side", type=int, metavar="N", help="shrink to at most N pixels on the shorter side")

@@ -52,7 +52,7 @@ def share_text(value: float) -> str:
 
 
 def hours_text(value: float) -> str:
-    """GPU-hours with three significant digits."""
+    """Device-hours with three significant digits."""
     return f"{value:.3g}"
 
 
@@ -70,14 +70,14 @@ COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "vqa_accuracy": ("VQA accuracy", value_text),
     "pairs": ("pairs in all", count_text),
     "seconds": ("training time", seconds_text),
-    "gpu_hours": ("GPU-hours", hours_text),
+    "gpu_hours": ("device-hours", hours_text),
 }
 
 
 def shown_columns(summary: dict[str, dict[str, Any]]) -> list[str]:
     """Keys of `COLUMNS` that say something about at least one arm; speed-ups only where there is an arm to compare."""
     alone = len(summary) == 1
-    # zero GPU-hours say only that there was no GPU
+    # zero hours were not measured
     keys = [
         key
         for key in COLUMNS

@@ -167,8 +167,8 @@ def _prepare(recipe: TransferRecipe, runtime: Runtime, log: RunLog, progress: Pr
     cache = (recipe.output.cache or recipe.output.folder.parent / "cache") if layout.vision_cache else None
     common = {"seed": recipe.seed, "runtime": runtime, "cache_root": cache, "log": log}
     features = open_features(
-        data, tower, transform=layout.transform, views=layout.views, fixed=frozenset(fixed), **common
-    )
+        data, tower, transform=layout.transform, views=layout.views, fixed=frozenset(fixed), decode=layout.decode, **common
+    )  # fmt: skip
     val_features = open_features(val_data, tower, transform="eval", **common)
     questions = recipe.evaluation.questions
     asked = read_questions(questions, recipe.evaluation.answers).records if questions else []

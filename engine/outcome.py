@@ -11,6 +11,7 @@ import torch
 from rich.table import Table
 from torch import nn
 
+from ..kernels.image_decode import image_decode_unsupported_reason
 from .checkpoint import write_json
 from .data.coco import CaptionSet
 from .data.packing import UpdateOrder
@@ -91,6 +92,7 @@ def print_savings(log: RunLog, recipe: TransferRecipe, model: VisionLanguageMode
     dropout = model.vpg.config.dropout
     cached = data.vision_cache
     augmented = data.transform == "train"
+    decoder_missing = image_decode_unsupported_reason()
     rows = [
         (
             "one image, one encoding",
@@ -106,6 +108,13 @@ def print_savings(log: RunLog, recipe: TransferRecipe, model: VisionLanguageMode
             cached,
             not augmented,
             f"{data.views} stored view(s)" if cached else "data.vision_cache is off",
+        ),
+        (
+            "scaled JPEG decoding",
+            data.decode == "fast" and decoder_missing is None,
+            False,
+            f"data.decode is {data.decode}"
+            + (f"; {decoder_missing}" if data.decode == "fast" and decoder_missing else ""),
         ),
     ]
     table = Table(title="savings", title_justify="left")

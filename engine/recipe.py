@@ -165,6 +165,11 @@ class TransferData(_Section):
         "full",
         description="full: decode every image once before training, so that none stops an epoch; header is quicker for large sets",
     )
+    decode: Literal["exact", "fast"] = Field(
+        "exact",
+        description="of training JPEGs: exact equals Pillow bit for bit; fast decodes at 1/2, 1/4 or 1/8 where the crop stays at least as "
+        "large as the tower's input, and differs visibly where it does; validation images are always decoded exactly",
+    )
 
 
 class Vision(_Section):

@@ -54,3 +54,14 @@ def test_a_bad_image_is_named(content, pictures, tmp_path):
     (tmp_path / "bad.jpg").write_bytes(whole[: len(whole) // 2] if content == "cut" else content)
     with ThreadPoolExecutor(2) as pool, pytest.raises(ImageRefused, match=r"bad\.jpg"):
         load_batch([pictures[0], tmp_path / "bad.jpg"], 48, [None, None], pool)
+
+
+def test_fast_differs_where_a_crop_is_twice_as_large_and_nowhere_else(pictures):
+    if reason := decode.image_decode_unsupported_reason():
+        pytest.skip(reason)
+    with ThreadPoolExecutor(2) as pool:
+        exact, fast = (load_batch(pictures, 48, [None] * len(pictures), pool, mode=mode) for mode in ("exact", "fast"))
+    # The others are too small, or Pillow's: stored on its side, grey, CMYK, a PNG.
+    differs = [not torch.equal(a, b) for a, b in zip(exact, fast, strict=True)]
+    assert differs == [False, True, True, False, False, False, False, False]
+    assert (exact.int() - fast.int()).abs().float().mean() < 4

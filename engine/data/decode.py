@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from concurrent.futures import Executor
+from typing import Literal
 
 import numpy as np
 import torch
@@ -24,11 +25,13 @@ def load_batch(
     rngs: Sequence[np.random.Generator | None],
     pool: Executor,
     threads: int | None = None,
+    mode: Literal["exact", "fast"] = "exact",
 ) -> Tensor:
     """uint8 (images, 3, size, size): each image with the eval transform, or, with a generator, randomly cropped and flipped.
 
     threads: of the native decoder; default: one a core.  Where that is missing, and for what it does not take (other formats, EXIF blocks that may
-    turn the picture), `pool` decodes by Pillow.  Raises ImageRefused as `load_pixels` does.
+    turn the picture), `pool` decodes by Pillow.  mode: of the native decoder; with "fast" the pixels are no longer those of `load_pixels` where a
+    crop is at least twice as large as `size`.  Raises ImageRefused as `load_pixels` does.
     """
     out = torch.empty(len(sources), 3, size, size, dtype=torch.uint8)
     native: list[int] = []
@@ -49,7 +52,7 @@ def load_batch(
             native.append(index)
             contents.append(content)
     if native:
-        pixels, codes = decode_batch(contents, boxes[native], flips[native], size, threads=threads)
+        pixels, codes = decode_batch(contents, boxes[native], flips[native], size, threads=threads, mode=mode)
         out[native] = pixels
         native = [index for index, code in zip(native, codes, strict=True) if code == DecodeCode.OK]
     others = sorted(set(range(len(sources))) - set(native))

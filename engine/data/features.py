@@ -12,7 +12,7 @@ import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -45,10 +45,11 @@ class LiveFeatures(FeatureSource):
     """Decodes, transforms and encodes the images of each batch."""
 
     def __init__(
-        self, data: CaptionData, tower: VisionTower, transform: str, seed: int, runtime: Runtime, fixed: frozenset[int] = frozenset()
+        self, data: CaptionData, tower: VisionTower, transform: str, seed: int, runtime: Runtime, fixed: frozenset[int] = frozenset(),
+        decode: Literal["exact", "fast"] = "exact",
     ):  # fmt: skip
         self.data, self.tower, self.transform, self.seed, self.runtime = data, tower, transform, seed, runtime
-        self.fixed = fixed
+        self.fixed, self.decode = fixed, decode
         self._dtype = next(tower.parameters()).dtype
         self._pool = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1), thread_name_prefix="decode")
 
@@ -60,7 +61,9 @@ class LiveFeatures(FeatureSource):
             else None
             for g, r in zip(groups, records, strict=True)
         ]
-        pixels = load_batch([r.path for r in records], self.tower.image_size, rngs, self._pool, torch.get_num_threads())
+        pixels = load_batch(
+            [r.path for r in records], self.tower.image_size, rngs, self._pool, torch.get_num_threads(), self.decode
+        )
         return _pinned(pixels, self.runtime.device)
 
     def finish(self, prepared: Tensor) -> Tensor:
@@ -103,18 +106,20 @@ def open_features(
     views: int = 1,
     log: RunLog,
     fixed: frozenset[int] = frozenset(),
+    decode: Literal["exact", "fast"] = "exact",
 ) -> FeatureSource:
     """Live features, or, with `cache_root`, the cache of this tower and data, built first where it is missing.
 
-    fixed: images that take the eval transform whatever `transform` is.
+    fixed: images that take the eval transform whatever `transform` is.  decode: as in `load_batch`.
 
     An existing cache of the right key but the wrong size is removed and rebuilt, with a line that says so.
     """
+    live = LiveFeatures(data, tower, transform, seed, runtime, fixed, decode)
     if cache_root is None:
-        return LiveFeatures(data, tower, transform, seed, runtime, fixed)
+        return live
     views = views if transform == "train" else 1
     shape = (views, len(data.records), tower.tokens, tower.width)
-    key = _cache_key(data, tower, transform, seed, views, runtime.compute_dtype, fixed)
+    key = _cache_key(data, tower, transform, seed, views, runtime.compute_dtype, fixed, decode)
     path = cache_root / f"vision-{data.name}-{key}.bin"
     expected = shape[0] * shape[1] * shape[2] * shape[3] * runtime.compute_dtype.itemsize
     if path.exists() and path.stat().st_size != expected:
@@ -122,7 +127,7 @@ def open_features(
         path.unlink()
     if not path.exists():
         log.say(f"vision cache: {shape[1]:,} images x {views} view(s) -> {path} ({expected / 2**20:.0f} MiB)")
-        _build(path, LiveFeatures(data, tower, transform, seed, runtime, fixed), shape, runtime.compute_dtype, log)
+        _build(path, live, shape, runtime.compute_dtype, log)
     return CachedFeatures(path, shape, runtime.compute_dtype, runtime.device)
 
 
@@ -146,7 +151,8 @@ def _build(path: Path, live: LiveFeatures, shape: tuple[int, int, int, int], dty
 
 
 def _cache_key(
-    data: CaptionData, tower: VisionTower, transform: str, seed: int, views: int, dtype: torch.dtype, fixed: frozenset[int]
+    data: CaptionData, tower: VisionTower, transform: str, seed: int, views: int, dtype: torch.dtype, fixed: frozenset[int],
+    decode: str,
 ) -> str:  # fmt: skip
     digest = hashlib.sha256()
     for name, tensor in sorted(tower.state_dict().items()):
@@ -165,6 +171,8 @@ def _cache_key(
     ]
     if fixed:
         settings.append(sorted(fixed))
+    if decode == "fast":
+        settings.append("decode fast")
     digest.update(json.dumps(settings).encode())
     for record in data.records:
         stat = record.path.stat()

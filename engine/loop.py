@@ -55,6 +55,7 @@ class Progress:
     best_pairs: int = 0
     stale_evals: int = 0
     skipped: int = 0
+    bad_images: dict[str, str] = field(default_factory=dict)
     captioned_at: int = 0
     stage_done: bool = False
     position: dict[str, Any] | None = None
@@ -167,7 +168,8 @@ def _prepare(recipe: TransferRecipe, runtime: Runtime, log: RunLog, progress: Pr
     cache = (recipe.output.cache or recipe.output.folder.parent / "cache") if layout.vision_cache else None
     common = {"seed": recipe.seed, "runtime": runtime, "cache_root": cache, "log": log}
     features = open_features(
-        data, tower, transform=layout.transform, views=layout.views, fixed=frozenset(fixed), decode=layout.decode, **common
+        data, tower, transform=layout.transform, views=layout.views, fixed=frozenset(fixed), decode=layout.decode,
+        bad_images=layout.bad_images, **common
     )  # fmt: skip
     val_features = open_features(val_data, tower, transform="eval", **common)
     questions = recipe.evaluation.questions
@@ -351,31 +353,43 @@ def _lengths(done: int, total: int, batch_pairs: int) -> Iterator[int]:
 def _accumulate(this: Run, update: Update, batches: Iterator[tuple[Batch, Tensor]], parameters: list[Tensor]) -> Tensor:
     """Gradients of the mean loss of the whole update; returns that mean.  Every rank plans the same update and computes its share.
 
-    The mean is over the tokens of the update, or, with `loss_mean: micro_batch`, over its micro-batches' token means.
+    The mean is over the tokens of the update, or, with `loss_mean: micro_batch`, over its micro-batches' token means.  Where captions of
+    unusable images are left out, which only the rank that reads them knows, the mean is over the tokens that remain.
     """
-    total = torch.zeros((), device=this.runtime.device)
+    total = torch.zeros(2, device=this.runtime.device)  # sum of the losses, targets
     for batch, prepared in batches:
         features = this.features.finish(prepared)
         with this.runtime.autocast():
             count = (
-                batch.target_count * update.batch_count if this.recipe.loss_mean == "micro_batch" else update.targets
+                max(1, batch.target_count) * update.batch_count
+                if this.recipe.loss_mean == "micro_batch"
+                else update.targets
             )
             loss = this.model.loss_sum(features, batch.to(this.runtime.device)) / count
         loss.backward()
-        total += loss.detach()
+        total[0] += loss.detach()
+        total[1] += batch.target_count
     if this.runtime.world_size > 1:
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             this.runtime.sum_(parameter.grad)
         this.runtime.sum_(total)
-    return total
+    if this.recipe.data.bad_images == "skip" and this.recipe.loss_mean == "global":
+        planned_over_kept = update.targets / total[1].clamp(min=1)  # 1 where nothing was left out
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.mul_(planned_over_kept)
+        total[0] *= planned_over_kept
+    return total[0]
 
 
 def _log_train(
     this: Run, index: int, stage: Stage, losses: Tensor, norm: Tensor, skipped_in_a_row: Tensor, rate: float, total: int
 ) -> None:
     progress, log = this.progress, this.log
+    if this.recipe.data.bad_images == "skip":
+        outcome.report_bad_images(this)
     loss_sum, counted, skipped = losses.tolist()
     in_a_row, grad_norm = skipped_in_a_row.item(), norm.item()
     losses.zero_()

@@ -134,6 +134,15 @@ def report_refusals(log: RunLog, folder: Path, captions: CaptionSet) -> None:
         captions.refused.write_json(folder / f"refused-{captions.name}.json")
 
 
+def report_bad_images(this: Run) -> None:
+    """Name the images that any rank has found unusable since the last call; every rank must call it."""
+    found = this.runtime.gather({this.data.records[i].path: why for i, why in list(this.features.unusable.items())})
+    for path, why in sorted((str(path), why) for of_rank in found for path, why in of_rank.items()):
+        if path not in this.progress.bad_images:
+            this.progress.bad_images[path] = why
+            this.log.warn("bad_image", f"{why}; its captions are left out", step=this.progress.step, file=path)
+
+
 def save_model(this: Run, name: str) -> Path:
     """Write VPG and projector with their config to `output.folder/name`, which other runs can take as `source.vlm`."""
     folder = this.recipe.output.folder / name
@@ -177,6 +186,7 @@ def finish(this: Run) -> dict[str, Any]:
         "best_val_loss": this.validator.loss(this.model), "best_val_pairs": progress.best_pairs, "final_val_loss": final_loss,
         "selected_by": recipe.evaluation.select, "pairs": progress.pairs, "updates": progress.step, "seconds": progress.seconds,
         "gpu_hours": progress.seconds * this.runtime.world_size / 3600, "skipped_updates": progress.skipped,
+        "bad_images": len(progress.bad_images),
         "stages": [s.name for s in recipe.stages], **scores,
         **_measured_with(this, folder / "model"),
     }  # fmt: skip

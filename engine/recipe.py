@@ -170,6 +170,12 @@ class TransferData(_Section):
         description="of training JPEGs: exact equals Pillow bit for bit; fast decodes at 1/2, 1/4 or 1/8 where the crop stays at least as "
         "large as the tower's input, and differs visibly where it does; validation images are always decoded exactly",
     )
+    bad_images: Literal["fail", "skip"] = Field(
+        "fail",
+        description="an image that turns out to be unusable in training (damaged since it was checked): fail stops the run with its name; skip "
+        "names it once and leaves its captions out of the loss, whose mean is then over the other targets of the update; its pairs count as "
+        "dealt; more than 1 % of the images (and 8) stop the run",
+    )
 
 
 class Vision(_Section):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from typing import Literal
 
@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ...kernels.image_decode import DecodeCode, decode_batch, image_decode_unsupported_reason
 from .beton_member import BetonMember
-from .images import Member, crop_box, load_pixels, read_bytes
+from .images import ImageRefused, Member, crop_box, load_pixels, read_bytes
 from .jpeg_header import jpeg_header
 
+_GREY = 127
 _EXIF_WITHIN = 65_536  # an EXIF block stands in the first segments
 
 
@@ -26,12 +27,14 @@ def load_batch(
     pool: Executor,
     threads: int | None = None,
     mode: Literal["exact", "fast"] = "exact",
+    refused: Callable[[int, ImageRefused], None] | None = None,
 ) -> Tensor:
     """uint8 (images, 3, size, size): each image with the eval transform, or, with a generator, randomly cropped and flipped.
 
     threads: of the native decoder; default: one a core.  Where that is missing, and for what it does not take (other formats, EXIF blocks that may
     turn the picture), `pool` decodes by Pillow.  mode: of the native decoder; with "fast" the pixels are no longer those of `load_pixels` where a
-    crop is at least twice as large as `size`.  Raises ImageRefused as `load_pixels` does.
+    crop is at least twice as large as `size`.  refused: is told the place and the fault of each image that cannot be used, which becomes grey,
+    from any thread of the pool; without it ImageRefused is raised as by `load_pixels`.
     """
     out = torch.empty(len(sources), 3, size, size, dtype=torch.uint8)
     native: list[int] = []
@@ -56,8 +59,17 @@ def load_batch(
         out[native] = pixels
         native = [index for index, code in zip(native, codes, strict=True) if code == DecodeCode.OK]
     others = sorted(set(range(len(sources))) - set(native))
-    for index, pixels in zip(others, pool.map(lambda i: load_pixels(sources[i], size, rngs[i]), others), strict=True):
-        out[index] = pixels
+
+    def one(index: int) -> None:
+        try:
+            out[index] = load_pixels(sources[index], size, rngs[index])
+        except ImageRefused as refusal:
+            if refused is None:
+                raise
+            refused(index, refusal)
+            out[index] = _GREY
+
+    list(pool.map(one, others))
     return out
 
 
@@ -65,6 +77,9 @@ def _jpeg_bytes(source: str | os.PathLike[str] | Member) -> bytes | None:
     """The content of a plain JPEG whose stored size is its upright size; None for Pillow's business."""
     if isinstance(source, BetonMember) and source.raw_size is not None:
         return None
-    content = read_bytes(source)
+    try:
+        content = read_bytes(source)
+    except ImageRefused:  # load_pixels says it again
+        return None
     header = jpeg_header(content)
     return content if header and header.is_plain and b"Exif" not in content[:_EXIF_WITHIN] else None

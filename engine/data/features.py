@@ -3,6 +3,9 @@
 The cache is one file, (views, images, tokens, width) in the tower's compute dtype, so it is exact.  Its key is a hash of the tower's
 weights, the transform, the dtype and the images, so a stale cache is never found.  View v of image i is what epoch v would draw, and
 epoch e reads view e mod views: with the eval transform one view is the truth, with the train transform k views stand for all.
+
+An image that cannot be read stops what asked for it, or, with `bad_images` "skip", has grey pixels and is listed in `unusable`, so that its
+captions are not trained; a damaged image stays damaged, so that a resumed run leaves out the same ones.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,14 +26,22 @@ from ..models.vision import VisionTower
 from ..runlog import RunLog
 from ..runtime import Runtime
 from .decode import load_batch
-from .images import normalise, sample_rng
+from .images import ImageRefused, normalise, sample_rng
 from .packing import CaptionData, Group
+from .reading import DataError
 
 BUILD_BATCH = 32
+UNUSABLE_SHARE = 0.01  # of the images may turn out to be unusable, and UNUSABLE_FLOOR always may
+UNUSABLE_FLOOR = 8
 
 
 class FeatureSource(Protocol):
-    """Features of groups in two steps, so that the first can run ahead: `source(groups)` does both."""
+    """Features of groups in two steps, so that the first can run ahead: `source(groups)` does both.
+
+    unusable: images that could not be read so far, by number, and why; `prepare` adds to it before it returns.
+    """
+
+    unusable: dict[int, str]
 
     def prepare(self, groups: list[Group]) -> Tensor:
         """What the host has to do: decoded pixels, or rows of a cache; page-locked where the device is a GPU."""
@@ -46,25 +58,34 @@ class LiveFeatures(FeatureSource):
 
     def __init__(
         self, data: CaptionData, tower: VisionTower, transform: str, seed: int, runtime: Runtime, fixed: frozenset[int] = frozenset(),
-        decode: Literal["exact", "fast"] = "exact",
+        decode: Literal["exact", "fast"] = "exact", bad_images: Literal["fail", "skip"] = "fail",
     ):  # fmt: skip
         self.data, self.tower, self.transform, self.seed, self.runtime = data, tower, transform, seed, runtime
-        self.fixed, self.decode = fixed, decode
+        self.fixed, self.decode, self.bad_images = fixed, decode, bad_images
+        self.unusable = {}
         self._dtype = next(tower.parameters()).dtype
         self._pool = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1), thread_name_prefix="decode")
 
     def prepare(self, groups: list[Group]) -> Tensor:
         records = [self.data.records[g.image] for g in groups]
-        rngs = [
-            sample_rng(self.seed, g.epoch, r.image_id)
-            if self.transform == "train" and g.image not in self.fixed
-            else None
-            for g, r in zip(groups, records, strict=True)
-        ]
         pixels = load_batch(
-            [r.path for r in records], self.tower.image_size, rngs, self._pool, torch.get_num_threads(), self.decode
-        )
+            [r.path for r in records], self.tower.image_size, [self._rng(g) for g in groups], self._pool, torch.get_num_threads(), self.decode,
+            refused=None if self.bad_images == "fail" else lambda at, fault: self._leave_out(groups[at].image, fault),
+        )  # fmt: skip
         return _pinned(pixels, self.runtime.device)
+
+    def _rng(self, group: Group) -> np.random.Generator | None:
+        if self.transform == "eval" or group.image in self.fixed:
+            return None
+        return sample_rng(self.seed, group.epoch, self.data.records[group.image].image_id)
+
+    def _leave_out(self, image: int, fault: ImageRefused) -> None:
+        self.unusable[image] = str(fault)
+        if len(self.unusable) > max(UNUSABLE_FLOOR, UNUSABLE_SHARE * len(self.data.records)):
+            raise DataError(
+                f"data.bad_images: expected at most {UNUSABLE_SHARE:.0%} of {len(self.data.records):,} images (or {UNUSABLE_FLOOR}) to be "
+                f"unusable, found {len(self.unusable):,}, the last: {fault}; see whether the disk is there, or check the data again"
+            ) from fault
 
     def finish(self, prepared: Tensor) -> Tensor:
         pixels = prepared.to(self.runtime.device, non_blocking=True)
@@ -76,8 +97,10 @@ class LiveFeatures(FeatureSource):
 class CachedFeatures(FeatureSource):
     """Reads views from a vision cache; `build_cache` makes it."""
 
-    def __init__(self, path: Path, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device):
-        self.views = shape[0]
+    def __init__(
+        self, path: Path, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, unusable: dict[int, str] | None = None
+    ):  # fmt: skip
+        self.views, self.unusable = shape[0], unusable or {}
         count = shape[0] * shape[1] * shape[2] * shape[3]
         self.table = torch.from_file(str(path), shared=False, size=count, dtype=dtype).view(shape)
         self.device = device
@@ -107,14 +130,16 @@ def open_features(
     log: RunLog,
     fixed: frozenset[int] = frozenset(),
     decode: Literal["exact", "fast"] = "exact",
+    bad_images: Literal["fail", "skip"] = "fail",
 ) -> FeatureSource:
     """Live features, or, with `cache_root`, the cache of this tower and data, built first where it is missing.
 
-    fixed: images that take the eval transform whatever `transform` is.  decode: as in `load_batch`.
+    fixed: images that take the eval transform whatever `transform` is.  decode: as in `load_batch`'s mode.
+    bad_images: of images that cannot be read.
 
     An existing cache of the right key but the wrong size is removed and rebuilt, with a line that says so.
     """
-    live = LiveFeatures(data, tower, transform, seed, runtime, fixed, decode)
+    live = LiveFeatures(data, tower, transform, seed, runtime, fixed, decode, bad_images)
     if cache_root is None:
         return live
     views = views if transform == "train" else 1
@@ -128,7 +153,13 @@ def open_features(
     if not path.exists():
         log.say(f"vision cache: {shape[1]:,} images x {views} view(s) -> {path} ({expected / 2**20:.0f} MiB)")
         _build(path, live, shape, runtime.compute_dtype, log)
-    return CachedFeatures(path, shape, runtime.compute_dtype, runtime.device)
+    unusable = _unusable_in(path)
+    if unusable and bad_images == "fail":
+        raise DataError(
+            f"data.bad_images: {path} was made with 'skip' and lacks {len(unusable):,} images, the first: {next(iter(unusable.values()))}; "
+            "set it to skip, or mend the images and delete the file"
+        )
+    return CachedFeatures(path, shape, runtime.compute_dtype, runtime.device, unusable)
 
 
 def _build(path: Path, live: LiveFeatures, shape: tuple[int, int, int, int], dtype: torch.dtype, log: RunLog) -> None:
@@ -146,8 +177,19 @@ def _build(path: Path, live: LiveFeatures, shape: tuple[int, int, int, int], dty
         file.flush()
         os.fsync(file.fileno())
     log.end_progress()
+    # First, so that a cache is never without it.
+    write_json(
+        path.with_suffix(".json"), {"shape": shape, "dtype": str(dtype), "unusable": sorted(live.unusable.items())}
+    )
     temporary.replace(path)
-    write_json(path.with_suffix(".json"), {"shape": shape, "dtype": str(dtype)})
+
+
+def _unusable_in(path: Path) -> dict[int, str]:
+    """Images that could not be read when a cache was made."""
+    try:
+        return dict(json.loads(path.with_suffix(".json").read_text()).get("unusable", ()))
+    except FileNotFoundError:
+        return {}
 
 
 def _cache_key(

@@ -84,8 +84,9 @@ def decode_batch(
     mode: Literal["exact", "fast"] = "exact",
     max_pixels: int = PIXEL_LIMIT,
     impl: Literal["reference", "cpp"] | None = None,
+    raw_sizes: Sequence[Sequence[int]] | NDArray[np.integer] | torch.Tensor | None = None,  # [images, 2], pixels
 ) -> tuple[torch.Tensor, NDArray[np.int32]]:
-    """Decode, crop, resize, flip and normalise a batch of JPEGs.
+    """Decode, crop, resize, flip and normalise a batch of JPEGs, or of stored pixels.
 
     CMYK photographs and those that EXIF or XMP says are stored rotated are decoded by Pillow, upright, whatever `impl`
     is. Colour profiles are ignored. A JPEG is only read as far down as its crop reaches: damage below is not found,
@@ -109,6 +110,8 @@ def decode_batch(
             sides; it differs visibly where it does. The reference decodes exactly in both.
         max_pixels: the largest width x height that is decoded.
         impl: `None` takes the compiled one where it is there.
+        raw_sizes: (width, height) of each slice that holds no JPEG but interleaved RGB pixels, uint8 [height, width,
+            3]; two zeros for a JPEG. `None`: all are JPEGs.
 
     Returns:
         `out`, or a new tensor [images, 3, size, size] in channels-last memory, and the `DecodeCode` of each image, an
@@ -126,6 +129,7 @@ def decode_batch(
     threads = _default_threads() if threads is None else _int_in_range("threads", threads, 1, MAX_THREADS)
     max_pixels = _int_in_range("max_pixels", max_pixels, 1, PIXEL_LIMIT)
     box_array, flip_array = _boxes(boxes, len(slices)), _flips(flips, len(slices))
+    raw_array = _raw_sizes(raw_sizes, len(slices))
     out = _output(out, dtype, len(slices), size)
     table = _value_table(out.dtype, mean, std)
     buffers = [_address(item, i) for i, item in enumerate(slices)]
@@ -138,7 +142,9 @@ def decode_batch(
             _log_fallback_once(reason)
         codes = np.empty(len(slices), np.int32)
         everything = range(len(slices))
-        _decode_with_pillow(everything, buffers, box_array, flip_array, table, max_pixels, threads, out, codes)
+        _decode_with_pillow(
+            everything, buffers, box_array, flip_array, raw_array, table, max_pixels, threads, out, codes
+        )
         return out, codes
     codes = compiled.C.decode_images(
         np.array([address for address, _, _ in buffers], np.uint64),
@@ -154,27 +160,43 @@ def decode_batch(
         mode == "fast",
         _pillow_filters_tall_images_down_first(),
         True,
+        raw_array,
     )
     for_pillow = np.flatnonzero(codes == _NEEDS_PILLOW).tolist()
     if for_pillow:
-        _decode_with_pillow(for_pillow, buffers, box_array, flip_array, table, max_pixels, threads, out, codes)
+        _decode_with_pillow(
+            for_pillow, buffers, box_array, flip_array, raw_array, table, max_pixels, threads, out, codes
+        )
     return out, codes
 
 
 def reference_decode_image(
-    data: bytes, box: Sequence[int], flip: bool, size: int, max_pixels: int = PIXEL_LIMIT
+    data: bytes,
+    box: Sequence[int],
+    flip: bool,
+    size: int,
+    max_pixels: int = PIXEL_LIMIT,
+    raw_size: Sequence[int] = (0, 0),
 ) -> tuple[NDArray[np.uint8] | None, DecodeCode]:
     """One image of `decode_batch` with Pillow: pixels [size, size, 3] and `OK`, or `None` and what is wrong.
 
     Args:
-        data: the JPEG.
+        data: the JPEG, or pixels.
         box: (left, top, width, height) in pixels of the upright image; four zeros take all of it.
         flip: whether it is mirrored left to right.
         size: side of the output in pixels.
         max_pixels: the largest width x height that is decoded.
+        raw_size: width and height where `data` are RGB pixels; two zeros for a JPEG.
     """
     if not data:
         return None, DecodeCode.EMPTY
+    raw_width, raw_height = (int(value) for value in raw_size)
+    if raw_width:
+        if raw_width * raw_height > max_pixels:
+            return None, DecodeCode.TOO_MANY_PIXELS
+        if len(data) != 3 * raw_width * raw_height:
+            return None, DecodeCode.UNREADABLE
+        return _resized(Image.frombytes("RGB", (raw_width, raw_height), data), box, flip, size)
     if not data.startswith(b"\xff\xd8\xff"):
         return None, DecodeCode.NOT_AN_IMAGE
     try:
@@ -191,6 +213,12 @@ def reference_decode_image(
         return None, DecodeCode.TRUNCATED if cut else DecodeCode.UNREADABLE
     if upright is not None:
         image = image.transpose(upright)
+    return _resized(image, box, flip, size)
+
+
+def _resized(
+    image: Image.Image, box: Sequence[int], flip: bool, size: int
+) -> tuple[NDArray[np.uint8] | None, DecodeCode]:
     left, top, width, height = (int(value) for value in box)
     if (left, top, width, height) == (0, 0, 0, 0):
         width, height = image.size
@@ -218,6 +246,7 @@ def _decode_with_pillow(
     buffers: list[tuple[int, int, object]],
     boxes: NDArray[np.int32],
     flips: NDArray[np.bool_],
+    raw_sizes: NDArray[np.int32],
     table: torch.Tensor | None,
     max_pixels: int,
     threads: int,
@@ -229,7 +258,8 @@ def _decode_with_pillow(
     def decode(i: int) -> None:
         address, byte_count, _ = buffers[i]
         data = ctypes.string_at(address, byte_count)
-        pixels, codes[i] = reference_decode_image(data, boxes[i], bool(flips[i]), out.shape[-1], max_pixels)
+        raw_size = raw_sizes[i] if len(raw_sizes) else (0, 0)
+        pixels, codes[i] = reference_decode_image(data, boxes[i], bool(flips[i]), out.shape[-1], max_pixels, raw_size)
         if pixels is None:
             out[i] = 0
             return
@@ -317,6 +347,21 @@ def _flips(flips: object, images: int) -> NDArray[np.bool_]:
             f"decode_batch: flips has shape {array.shape} and dtype {array.dtype}, expected [{images}] booleans"
         )
     return np.ascontiguousarray(array)
+
+
+def _raw_sizes(raw_sizes: object, images: int) -> NDArray[np.int32]:
+    """[images, 2], or nothing where all are JPEGs."""
+    if raw_sizes is None:
+        return np.zeros((0, 2), np.int32)
+    array = np.asarray(raw_sizes)
+    if array.size == 0:
+        array = array.astype(np.int32).reshape(-1, 2)
+    if array.dtype.kind not in "iu" or array.shape != (images, 2) or (array < 0).any():
+        raise ValueError(
+            f"decode_batch: raw_sizes has shape {array.shape} and dtype {array.dtype}, expected [{images}, 2] integers: "
+            "width and height of stored pixels, 0 and 0 for a JPEG"
+        )
+    return np.ascontiguousarray(array.clip(0, 2**30), np.int32)
 
 
 def _output(out: torch.Tensor | None, dtype: torch.dtype | None, images: int, size: int) -> torch.Tensor:

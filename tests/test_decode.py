@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 
 from vpgtrans.engine.data import decode
+from vpgtrans.engine.data.beton_member import BetonMember
 from vpgtrans.engine.data.decode import load_batch
 from vpgtrans.engine.data.images import ImageRefused, load_pixels, sample_rng
 
@@ -65,3 +67,26 @@ def test_fast_differs_where_a_crop_is_twice_as_large_and_nowhere_else(pictures):
     differs = [not torch.equal(a, b) for a, b in zip(exact, fast, strict=True)]
     assert differs == [False, True, True, False, False, False, False, False]
     assert (exact.int() - fast.int()).abs().float().mean() < 4
+
+
+@pytest.mark.parametrize("augmented", [True, False])
+def test_stored_pixels_of_a_packed_set_beside_jpegs(augmented, pictures, tmp_path):
+    """Natively where that is built, and as `load_pixels` gives them; the pixels stand anywhere in a file."""
+    members, at = [], 5
+    with open(tmp_path / "shard", "wb") as file:
+        file.write(bytes(at))
+        for n, (width, height) in enumerate([(90, 61), (300, 200), (40, 333)]):
+            pixels = np.random.default_rng(n).integers(0, 256, (height, width, 3), np.uint8).tobytes()
+            members.append(BetonMember(tmp_path / "shard", n, at, len(pixels), (width, height)))
+            at += file.write(pixels)
+    sources = [pictures[0], members[0], members[1], pictures[2], members[2]]
+
+    def rngs():
+        return [sample_rng(1, 0, n) if augmented else None for n in range(len(sources))]
+
+    with ThreadPoolExecutor(2) as pool:
+        batch = load_batch(sources, 48, rngs(), pool)
+        assert torch.equal(batch, torch.stack([load_pixels(s, 48, r) for s, r in zip(sources, rngs(), strict=True)]))
+        damaged = replace(members[1], size=members[1].size - 3)
+        with pytest.raises(ImageRefused, match="300 x 200 RGB pixels are not"):
+            load_batch([*sources[:2], damaged], 48, [None] * 3, pool)

@@ -416,3 +416,45 @@ def test_5000_mutated_files_under_sanitizers(tmp_path: Path) -> None:
     done = subprocess.run([driver, tmp_path / "records"], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     assert len(done.stdout.split()) == 5000 and len(set(done.stdout.split())) > 4
+
+
+@pytest.mark.parametrize("width, height", [(64, 48), (500, 333), (1, 1), (3, 200), (300, 7), (37, 400)])
+def test_stored_pixels_equal_pillow_bit_by_bit(impl: str, width: int, height: int) -> None:
+    """Beside JPEGs in one batch, up to the last byte of the pixels."""
+    pixels = np.random.default_rng(width).integers(0, 256, (height, width, 3), np.uint8)
+    jpeg = fuzz.encode(fuzz.photograph(80, 60, 1))
+    rng = np.random.default_rng(9)
+    for size in (1, 17, 48, 224):
+        boxes = [(0, 0, width, height), *random_boxes(width, height, 6, rng), (0, 0, 0, 0)]
+        flips = rng.random(len(boxes)) < 0.5
+        slices, raw_sizes = [pixels.copy().tobytes() for _ in boxes], [(width, height)] * len(boxes)
+        slices[-1], raw_sizes[-1] = jpeg, (0, 0)
+        out, codes = decode_batch(slices, boxes, flips, size, threads=2, impl=impl, raw_sizes=raw_sizes)
+        assert not codes.any()
+        for i, (left, top, w, h) in enumerate(boxes[:-1]):
+            cropped = Image.fromarray(pixels).crop((left, top, left + w, top + h))
+            expected = np.asarray(cropped.resize((size, size), Image.Resampling.BICUBIC))
+            expected = (expected[:, ::-1] if flips[i] else expected).transpose(2, 0, 1)
+            np.testing.assert_array_equal(out[i].numpy(), expected, err_msg=f"{boxes[i]} to {size}, flip {flips[i]}")
+        np.testing.assert_array_equal(out[-1].numpy(), pillow_pixels(jpeg, (0, 0, 80, 60), flips[-1], size))
+
+
+def test_codes_of_stored_pixels(impl: str) -> None:
+    whole, cut = bytes(3 * 8 * 6), bytes(3 * 8 * 6 - 1)
+    cases = [
+        (whole, (8, 6), (0, 0, 8, 6), DecodeCode.OK),
+        (whole, (8, 6), (0, 0, 8, 7), DecodeCode.BOX_OUTSIDE),
+        (cut, (8, 6), (0, 0, 8, 6), DecodeCode.UNREADABLE),
+        (whole, (6, 6), (0, 0, 0, 0), DecodeCode.UNREADABLE),
+        (whole, (8, 0), (0, 0, 0, 0), DecodeCode.UNREADABLE),
+        (whole, (9, 6), (0, 0, 0, 0), DecodeCode.TOO_MANY_PIXELS),
+        (whole, (2**40, 2**40), (0, 0, 0, 0), DecodeCode.TOO_MANY_PIXELS),
+        (b"", (8, 6), (0, 0, 0, 0), DecodeCode.EMPTY),
+        (whole, (0, 0), (0, 0, 0, 0), DecodeCode.NOT_AN_IMAGE),
+    ]
+    slices, raw_sizes, boxes, expected = map(list, zip(*cases, strict=True))
+    _, codes = decode_batch(slices, boxes, None, 4, max_pixels=48, impl=impl, raw_sizes=raw_sizes)
+    assert codes.tolist() == expected
+    for wrong in ([(8, 6)], [(8,)] * 9, [(8, -1)] * 9, [(8.0, 6.0)] * 9):
+        with pytest.raises(ValueError, match=r"raw_sizes has shape .*expected \[9, 2\] integers"):
+            decode_batch(slices, boxes, None, 4, impl=impl, raw_sizes=wrong)

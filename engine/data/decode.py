@@ -1,4 +1,4 @@
-"""Batches of training pixels: the native decoder for JPEGs, Pillow for everything else, the same pixels as `load_pixels` gives one by one."""
+"""Batches of training pixels, the same as `load_pixels` gives one by one: the native decoder for JPEGs and stored pixels, Pillow for the rest."""
 
 from __future__ import annotations
 
@@ -40,22 +40,27 @@ def load_batch(
     native: list[int] = []
     contents: list[bytes] = []
     boxes, flips = np.zeros((len(sources), 4), np.int64), np.zeros(len(sources), bool)
+    raw_sizes = np.zeros((len(sources), 2), np.int64)
     if image_decode_unsupported_reason() is None:
-        for index, content in enumerate(pool.map(_jpeg_bytes, sources)):
-            if content is None:
+        for index, found in enumerate(pool.map(_native_content, sources)):
+            if found is None:
                 continue
+            content, width, height, is_raw = found
             rng = rngs[index]
             if rng is not None:  # the same draws in the same order as `train_pixels`
-                header = jpeg_header(content)
-                assert header is not None  # _jpeg_bytes has read it
                 state = rng.bit_generator.state
-                boxes[index] = crop_box(header.width, header.height, rng)
+                boxes[index] = crop_box(width, height, rng)
                 flips[index] = rng.random() < 0.5
                 rng.bit_generator.state = state  # should Pillow have to do it after all
+            if is_raw:
+                raw_sizes[index] = width, height
             native.append(index)
             contents.append(content)
     if native:
-        pixels, codes = decode_batch(contents, boxes[native], flips[native], size, threads=threads, mode=mode)
+        pixels, codes = decode_batch(
+            contents, boxes[native], flips[native], size, threads=threads, mode=mode,
+            raw_sizes=raw_sizes[native] if raw_sizes.any() else None,
+        )  # fmt: skip
         out[native] = pixels
         native = [index for index, code in zip(native, codes, strict=True) if code == DecodeCode.OK]
     others = sorted(set(range(len(sources))) - set(native))
@@ -73,13 +78,15 @@ def load_batch(
     return out
 
 
-def _jpeg_bytes(source: str | os.PathLike[str] | Member) -> bytes | None:
-    """The content of a plain JPEG whose stored size is its upright size; None for Pillow's business."""
-    if isinstance(source, BetonMember) and source.raw_size is not None:
-        return None
+def _native_content(source: str | os.PathLike[str] | Member) -> tuple[bytes, int, int, bool] | None:
+    """Content, upright width and height, and whether it is pixels, of what the native decoder takes; None for Pillow's business."""
     try:
         content = read_bytes(source)
     except ImageRefused:  # load_pixels says it again
         return None
+    if isinstance(source, BetonMember) and source.raw_size is not None:
+        return content, *source.raw_size, True
     header = jpeg_header(content)
-    return content if header and header.is_plain and b"Exif" not in content[:_EXIF_WITHIN] else None
+    if not header or not header.is_plain or b"Exif" in content[:_EXIF_WITHIN]:
+        return None
+    return content, header.width, header.height, False

@@ -83,7 +83,12 @@ setup(
         "protobuf",
         "tensorboard",
     ],
-    extras_require={"test": ["pytest"], "lint": ["ruff"]},
+    extras_require={
+        "test": ["pytest"],
+        "lint": ["ruff"],
+        # JPEGs where the extension was built without libjpeg-turbo's headers.
+        "simplejpeg": ["simplejpeg"],
+    },
     entry_points={
         "console_scripts": ["vpgtrans = vpgtrans.engine.cli:main"],
         # torch loads this group inside the torchrun process; engine/torchrun_exit.py says what for.

@@ -14,6 +14,7 @@ from vpgtrans.engine.data import decode
 from vpgtrans.engine.data.beton_member import BetonMember
 from vpgtrans.engine.data.decode import load_batch
 from vpgtrans.engine.data.images import ImageRefused, load_pixels, sample_rng
+from vpgtrans.kernels.image_decode import image_decode_unsupported_reason
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +39,8 @@ def pictures(tmp_path_factory):
 @pytest.mark.parametrize("augmented", [True, False])
 def test_a_batch_is_its_images(native, augmented, pictures, monkeypatch):
     if not native:
-        monkeypatch.setattr(decode, "image_decode_unsupported_reason", lambda: "not built")
-    elif reason := decode.image_decode_unsupported_reason():
+        monkeypatch.setattr(decode, "live_decoder", lambda: "reference")
+    elif reason := image_decode_unsupported_reason():
         pytest.skip(reason)
 
     def rngs():
@@ -59,7 +60,7 @@ def test_a_bad_image_is_named(content, pictures, tmp_path):
 
 
 def test_fast_differs_where_a_crop_is_twice_as_large_and_nowhere_else(pictures):
-    if reason := decode.image_decode_unsupported_reason():
+    if reason := image_decode_unsupported_reason():
         pytest.skip(reason)
     with ThreadPoolExecutor(2) as pool:
         exact, fast = (load_batch(pictures, 48, [None] * len(pictures), pool, mode=mode) for mode in ("exact", "fast"))

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...kernels.image_decode import DecodeCode, decode_batch, image_decode_unsupported_reason
+from ...kernels.image_decode import DecodeCode, decode_batch, live_decoder
 from .beton_member import BetonMember
 from .images import ImageRefused, Member, crop_box, load_pixels, read_bytes
 from .jpeg_header import jpeg_header
@@ -31,9 +31,10 @@ def load_batch(
 ) -> Tensor:
     """uint8 (images, 3, size, size): each image with the eval transform, or, with a generator, randomly cropped and flipped.
 
-    threads: of the native decoder; default: one a core.  Where that is missing, and for what it does not take (other formats, EXIF blocks that may
-    turn the picture), `pool` decodes by Pillow.  mode: of the native decoder; with "fast" the pixels are no longer those of `load_pixels` where a
-    crop is at least twice as large as `size`.  refused: is told the place and the fault of each image that cannot be used, which becomes grey,
+    threads: of the decoder; default: one a core.  What it does not take (other formats, EXIF blocks that may turn the picture) `pool` decodes by
+    Pillow.  Without the native decoder simplejpeg decodes where it is installed, within 2 of 255 levels of Pillow, else Pillow everything.
+    mode: "fast" needs the native decoder; the pixels are no longer those of `load_pixels` where a crop is at least twice as large as `size`.
+    refused: is told the place and the fault of each image that cannot be used, which becomes grey,
     from any thread of the pool; without it ImageRefused is raised as by `load_pixels`.
     """
     out = torch.empty(len(sources), 3, size, size, dtype=torch.uint8)
@@ -41,7 +42,7 @@ def load_batch(
     contents: list[bytes] = []
     boxes, flips = np.zeros((len(sources), 4), np.int64), np.zeros(len(sources), bool)
     raw_sizes = np.zeros((len(sources), 2), np.int64)
-    if image_decode_unsupported_reason() is None:
+    if live_decoder() != "reference":
         for index, found in enumerate(pool.map(_native_content, sources)):
             if found is None:
                 continue

@@ -88,6 +88,8 @@ setup(
         "lint": ["ruff"],
         # JPEGs where the extension was built without libjpeg-turbo's headers.
         "simplejpeg": ["simplejpeg"],
+        # data.loader: ffcv; builds with libturbojpeg0-dev libopencv-dev pkg-config g++.
+        "ffcv": ["ffcv"],
     },
     entry_points={
         "console_scripts": ["vpgtrans = vpgtrans.engine.cli:main"],

@@ -23,6 +23,7 @@ from .checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, sav
 from .data.coco import read_image_data, read_questions
 from .data.conversation import tokenize_entry
 from .data.features import FeatureSource, open_features
+from .data.ffcv_loader import FFCVFeatures, check_ffcv
 from .data.packing import Batch, CaptionData, Group, Position, Subset, UpdateOrder, join
 from .data.stream import Update, UpdateStream
 from .diagnostics import Watch
@@ -84,8 +85,9 @@ class Run:
 def run(recipe: TransferRecipe) -> dict[str, Any]:
     """Train, score and save; returns the summary that is also written to `output.folder/summary.json`.
 
-    Raises DataError, ModelError, CheckpointError (before any training) and RunStopped (too many non-finite updates).
+    Raises RecipeError, DataError, ModelError, CheckpointError (before any training) and RunStopped (too many non-finite updates).
     """
+    about_loader = check_ffcv(recipe.data) if recipe.data.loader == "ffcv" else None
     runtime = start(recipe.device, recipe.precision, recipe.threads, recipe.seed)
     folder = recipe.output.folder
     found, passed_over = latest_checkpoint(folder / "checkpoints")
@@ -103,6 +105,8 @@ def run(recipe: TransferRecipe) -> dict[str, Any]:
     try:
         if runtime.is_main:
             save_recipe(recipe, folder / "recipe.yaml")
+        if about_loader:
+            log.say(about_loader)
         this = _prepare(recipe, runtime, log, progress)
         if found:
             log.say(f"resumed at update {progress.step:,} ({progress.pairs:,} pairs) from {found}")
@@ -167,10 +171,13 @@ def _prepare(recipe: TransferRecipe, runtime: Runtime, log: RunLog, progress: Pr
     tower.to(runtime.device, runtime.compute_dtype)
     cache = (recipe.output.cache or recipe.output.folder.parent / "cache") if layout.vision_cache else None
     common = {"seed": recipe.seed, "runtime": runtime, "cache_root": cache, "log": log}
-    features = open_features(
-        data, tower, transform=layout.transform, views=layout.views, fixed=frozenset(fixed), decode=layout.decode,
-        bad_images=layout.bad_images, **common
-    )  # fmt: skip
+    if layout.loader == "ffcv":
+        features: FeatureSource = FFCVFeatures(data, tower, layout.transform, recipe.seed, runtime, frozenset(fixed))
+    else:
+        features = open_features(
+            data, tower, transform=layout.transform, views=layout.views, fixed=frozenset(fixed), decode=layout.decode,
+            bad_images=layout.bad_images, **common
+        )  # fmt: skip
     val_features = open_features(val_data, tower, transform="eval", **common)
     questions = recipe.evaluation.questions
     asked = read_questions(questions, recipe.evaluation.answers).records if questions else []

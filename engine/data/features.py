@@ -72,7 +72,7 @@ class LiveFeatures(FeatureSource):
             [r.path for r in records], self.tower.image_size, [self._rng(g) for g in groups], self._pool, torch.get_num_threads(), self.decode,
             refused=None if self.bad_images == "fail" else lambda at, fault: self._leave_out(groups[at].image, fault),
         )  # fmt: skip
-        return _pinned(pixels, self.runtime.device)
+        return pinned(pixels, self.runtime.device)
 
     def _rng(self, group: Group) -> np.random.Generator | None:
         if self.transform == "eval" or group.image in self.fixed:
@@ -108,13 +108,14 @@ class CachedFeatures(FeatureSource):
     def prepare(self, groups: list[Group]) -> Tensor:
         views = torch.tensor([g.epoch % self.views for g in groups])
         images = torch.tensor([g.image for g in groups])
-        return _pinned(self.table[views, images], self.device)
+        return pinned(self.table[views, images], self.device)
 
     def finish(self, prepared: Tensor) -> Tensor:
         return prepared.to(self.device, non_blocking=True)
 
 
-def _pinned(tensor: Tensor, device: torch.device) -> Tensor:
+def pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """Page-locked where it goes to a GPU."""
     return tensor.pin_memory() if device.type == "cuda" else tensor
 
 

@@ -83,7 +83,15 @@ setup(
         "protobuf",
         "tensorboard",
     ],
-    extras_require={"test": ["pytest"], "lint": ["ruff"], "triton": ["triton>=3.6; platform_system == 'Linux'"]},
+    extras_require={
+        "test": ["pytest"],
+        "lint": ["ruff"],
+        "triton": ["triton>=3.6; platform_system == 'Linux'"],
+        # JPEGs where the extension was built without libjpeg-turbo's headers.
+        "simplejpeg": ["simplejpeg"],
+        # data.loader: ffcv; builds with libturbojpeg0-dev libopencv-dev pkg-config g++.
+        "ffcv": ["ffcv"],
+    },
     entry_points={
         "console_scripts": ["vpgtrans = vpgtrans.engine.cli:main"],
         # torch loads this group inside the torchrun process; engine/torchrun_exit.py says what for.

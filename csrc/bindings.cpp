@@ -39,15 +39,18 @@ template <typename Element>
 using Array = py::array_t<Element, py::array::c_style>;
 
 // Decodes image i of `byte_counts[i]` bytes at `addresses[i]` to `target` + i * size * size * 3 elements, and returns
-// the codes. `value_table` has no elements where the output is uint8.
+// the codes. `value_table` has no elements where the output is uint8. `raw_sizes` holds width and height where pixels
+// are stored and zeros for JPEGs, or nothing where all are.
 py::array_t<std::int32_t> decode_images(const Array<std::uint64_t>& addresses, const Array<std::uint64_t>& byte_counts,
                                         const Array<std::int32_t>& boxes, const Array<bool>& flips, int size,
                                         std::uint64_t target, int element_bytes, const Array<std::uint8_t>& value_table,
                                         std::int64_t max_pixels, int threads, bool fast,
-                                        bool tall_down_first, bool vector) {
+                                        bool tall_down_first, bool vector, const Array<std::int32_t>& raw_sizes) {
   const py::ssize_t count = addresses.size();
-  if (byte_counts.size() != count || flips.size() != count || boxes.size() != 4 * count)
-    throw std::invalid_argument("decode_images: addresses, byte_counts, boxes and flips differ in their number");
+  if (byte_counts.size() != count || flips.size() != count || boxes.size() != 4 * count ||
+      (raw_sizes.size() != 0 && raw_sizes.size() != 2 * count))
+    throw std::invalid_argument(
+        "decode_images: addresses, byte_counts, boxes, flips and raw_sizes differ in their number");
   if (size < 1 || size > vpgtrans::kMaxOutputSize)
     throw std::invalid_argument("decode_images: size is " + std::to_string(size) + ", expected 1.." +
                                 std::to_string(vpgtrans::kMaxOutputSize));
@@ -64,13 +67,15 @@ py::array_t<std::int32_t> decode_images(const Array<std::uint64_t>& addresses, c
   const std::uint64_t* byte_count = byte_counts.data();
   const std::int32_t* box = boxes.data();
   const bool* flip = flips.data();
+  const std::int32_t* raw_size = raw_sizes.size() != 0 ? raw_sizes.data() : nullptr;
   const std::uint64_t image_bytes = 3 * static_cast<std::uint64_t>(size) * size * element_bytes;
   {
     py::gil_scoped_release release;
     vpgtrans::for_each_item(static_cast<std::size_t>(count), threads, [=, &options](std::size_t i) {
       const vpgtrans::DecodeRequest request{reinterpret_cast<const std::uint8_t*>(address[i]),
                                             static_cast<std::size_t>(byte_count[i]),
-                                            box[4 * i], box[4 * i + 1], box[4 * i + 2], box[4 * i + 3], flip[i]};
+                                            box[4 * i], box[4 * i + 1], box[4 * i + 2], box[4 * i + 3], flip[i],
+                                            raw_size ? raw_size[2 * i] : 0, raw_size ? raw_size[2 * i + 1] : 0};
       code[i] = static_cast<std::int32_t>(
           vpgtrans::decode_image(request, options, reinterpret_cast<void*>(target + i * image_bytes)));
     });
@@ -106,7 +111,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("decode_images", &decode_images, py::arg("addresses").noconvert(), py::arg("byte_counts").noconvert(),
              py::arg("boxes").noconvert(), py::arg("flips").noconvert(), py::arg("size"), py::arg("target"),
              py::arg("element_bytes"), py::arg("value_table").noconvert(), py::arg("max_pixels"), py::arg("threads"),
-             py::arg("fast"), py::arg("tall_down_first"), py::arg("vector"));
+             py::arg("fast"), py::arg("tall_down_first"), py::arg("vector"),
+             py::arg("raw_sizes").noconvert() = Array<std::int32_t>(0));
 #endif
   module.def("build_info", &build_info, "Version, compiler, C++ standard and pybind11 this module was built with.");
 }

@@ -288,11 +288,9 @@ bool has_end_marker_near_end(const std::uint8_t* data, std::size_t byte_count) {
   return false;
 }
 
-// Header, limits and box; `box` becomes the whole image where it asks for that.
-DecodeCode check_header(const jpeg_decompress_struct& info, const DecodeOptions& options, DecodeRequest& box) {
-  if (static_cast<std::int64_t>(info.image_width) * info.image_height > options.max_pixels)
-    return DecodeCode::kTooManyPixels;
-  const auto width = static_cast<std::int32_t>(info.image_width), height = static_cast<std::int32_t>(info.image_height);
+// Limits and box of an image of that size; `box` becomes the whole image where it asks for that.
+DecodeCode check_header(std::int32_t width, std::int32_t height, const DecodeOptions& options, DecodeRequest& box) {
+  if (static_cast<std::int64_t>(width) * height > options.max_pixels) return DecodeCode::kTooManyPixels;
   if (box.left == 0 && box.top == 0 && box.width == 0 && box.height == 0) {
     box.width = width;
     box.height = height;
@@ -345,7 +343,8 @@ void decode_rows(JpegReader& reader, DecodeRequest& request, const DecodeOptions
                    info.jpeg_color_space == JCS_GRAYSCALE;
   const bool for_pillow = !rgb || may_be_rotated(request.data, request.byte_count);
   // Of a rotated image the box is in upright pixels: Pillow's to check.
-  const DecodeCode verdict = check_header(info, options, request);
+  const DecodeCode verdict = check_header(
+      static_cast<std::int32_t>(info.image_width), static_cast<std::int32_t>(info.image_height), options, request);
   if (verdict != DecodeCode::kOk && !(for_pillow && verdict == DecodeCode::kBoxOutside)) reader.fail(verdict);
 
   const int divisor = options.fast ? scale_divisor(request.width, request.height, options.size) : 1;
@@ -383,6 +382,28 @@ void decode_rows(JpegReader& reader, DecodeRequest& request, const DecodeOptions
     check_rest(reader);
 }
 
+// The same for an image whose pixels are stored; its rows are copied to where decoded ones would be.
+DecodeCode read_rows(DecodeRequest& request, const DecodeOptions& options, SquareWriter& writer) {
+  const std::int64_t width = request.raw_width, height = request.raw_height;
+  const DecodeCode verdict = check_header(request.raw_width, request.raw_height, options, request);
+  if (verdict == DecodeCode::kTooManyPixels) return verdict;
+  if (height < 1 || request.byte_count != static_cast<std::uint64_t>(3 * width * height)) return DecodeCode::kUnreadable;
+  if (verdict != DecodeCode::kOk) return verdict;
+  const Region region = region_of(request, 1);
+  const std::size_t row_bytes = 3 * static_cast<std::size_t>(region.columns);
+  writer.start(region, request.flip, row_bytes, 0);
+  for (int row = 0; row < region.rows && !writer.complete();) {
+    const int count = std::min(kRowsAtOnce, region.rows - row);
+    for (int i = 0; i < count; ++i, ++row) {
+      const std::size_t pixel = static_cast<std::size_t>(region.row + row) * static_cast<std::size_t>(width) +
+                                static_cast<std::size_t>(region.column);
+      std::memcpy(writer.decoded_row(i), request.data + 3 * pixel, row_bytes);
+    }
+    writer.take(count);
+  }
+  return DecodeCode::kOk;
+}
+
 }  // namespace
 
 #define VPGTRANS_TEXT(x) #x
@@ -394,15 +415,20 @@ DecodeCode decode_image(const DecodeRequest& request, const DecodeOptions& optio
   DecodeCode code = DecodeCode::kOk;
   if (request.byte_count == 0) {
     code = DecodeCode::kEmpty;
-  } else if (request.byte_count < 3 || std::memcmp(request.data, "\xff\xd8\xff", 3) != 0) {
+  } else if (request.raw_width == 0 &&
+             (request.byte_count < 3 || std::memcmp(request.data, "\xff\xd8\xff", 3) != 0)) {
     code = DecodeCode::kNotAnImage;
   } else {
     try {
-      JpegReader reader;
       DecodeRequest box = request;
       SquareWriter writer(options, target, scratch);
-      decode_rows(reader, box, options, writer);
-      code = reader.code;
+      if (request.raw_width > 0) {
+        code = read_rows(box, options, writer);
+      } else {
+        JpegReader reader;
+        decode_rows(reader, box, options, writer);
+        code = reader.code;
+      }
     } catch (const std::exception&) {  // of allocations only
       code = DecodeCode::kOutOfMemory;
     }

@@ -1,4 +1,4 @@
-// JPEG bytes -> crop -> antialiased bicubic square -> flip -> interleaved output, one image at a time.
+// JPEG bytes or stored pixels -> crop -> antialiased bicubic square -> flip -> interleaved output, one image at a time.
 #pragma once
 
 #include <cstddef>
@@ -25,6 +25,8 @@ struct DecodeRequest {
   // Crop box in pixels of the full image; width and height of 0 mean the whole image.
   std::int32_t left, top, width, height;
   bool flip;
+  // Not 0: no JPEG but interleaved RGB pixels of this size, without padding between rows.
+  std::int32_t raw_width = 0, raw_height = 0;
 };
 
 struct DecodeOptions {

@@ -36,6 +36,7 @@ OPTIONAL = {
     "liger-kernel": "liger_kernel.transformers",
     "triton": "triton",
     "ffcv": "ffcv",
+    "simplejpeg": "simplejpeg",
 }
 
 # Operation of kernels/ -> its fast implementation, and why that cannot run here (None where it can).
@@ -43,6 +44,9 @@ OPERATIONS = {
     "image_decode": ("cpp", image_decode.image_decode_unsupported_reason),
     "row_packing": ("cpp", row_packing.row_packing_unsupported_reason),
 }
+
+# Operation -> what is live where its fast implementation is not; the reference for those that are not listed.
+FALLBACKS = {"image_decode": image_decode.live_decoder}
 
 
 def collect() -> dict[str, Any]:
@@ -64,7 +68,10 @@ def collect() -> dict[str, Any]:
         "optional": {name: _optional(name, module) for name, module in OPTIONAL.items()},
         "device": _device(),
         "operations": {
-            name: {"live": "reference" if (reason := unsupported()) else fast, "reason": reason}
+            name: {
+                "live": FALLBACKS.get(name, lambda: "reference")() if (reason := unsupported()) else fast,
+                "reason": reason,
+            }
             for name, (fast, unsupported) in OPERATIONS.items()
         },
     }

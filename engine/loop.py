@@ -23,6 +23,7 @@ from .checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, sav
 from .data.captioned import open_captioned
 from .data.coco import read_questions
 from .data.features import FeatureSource, open_features
+from .data.ffcv_loader import FFCVFeatures, check_ffcv
 from .data.packing import Batch, Group, Position, Subset, TokenisedCaptions, UpdateOrder, join
 from .data.stream import Update, UpdateStream
 from .diagnostics import Watch
@@ -55,6 +56,7 @@ class Progress:
     best_pairs: int = 0
     stale_evals: int = 0
     skipped: int = 0
+    bad_images: dict[str, str] = field(default_factory=dict)
     captioned_at: int = 0
     stage_done: bool = False
     position: dict[str, Any] | None = None
@@ -83,8 +85,9 @@ class Run:
 def run(recipe: TransferRecipe) -> dict[str, Any]:
     """Train, score and save; returns the summary that is also written to `output.folder/summary.json`.
 
-    Raises DataError, ModelError, CheckpointError (before any training) and RunStopped (too many non-finite updates).
+    Raises RecipeError, DataError, ModelError, CheckpointError (before any training) and RunStopped (too many non-finite updates).
     """
+    about_loader = check_ffcv(recipe.data) if recipe.data.loader == "ffcv" else None
     runtime = start(recipe.device, recipe.precision, recipe.threads, recipe.seed)
     folder = recipe.output.folder
     found, passed_over = latest_checkpoint(folder / "checkpoints")
@@ -102,6 +105,8 @@ def run(recipe: TransferRecipe) -> dict[str, Any]:
     try:
         if runtime.is_main:
             save_recipe(recipe, folder / "recipe.yaml")
+        if about_loader:
+            log.say(about_loader)
         this = _prepare(recipe, runtime, log, progress)
         if found:
             log.say(f"resumed at update {progress.step:,} ({progress.pairs:,} pairs) from {found}")
@@ -173,7 +178,13 @@ def _prepare(recipe: TransferRecipe, runtime: Runtime, log: RunLog, progress: Pr
         "cache_root": caches if layout.vision_cache else None,
         "log": log,
     }
-    features = open_features(data, tower, transform=layout.transform, views=layout.views, fixed=fixed, **common)
+    if layout.loader == "ffcv":
+        features: FeatureSource = FFCVFeatures(data, tower, layout.transform, recipe.seed, runtime, fixed)
+    else:
+        features = open_features(
+            data, tower, transform=layout.transform, views=layout.views, fixed=fixed, decode=layout.decode, bad_images=layout.bad_images,
+            **common
+        )  # fmt: skip
     val_features = open_features(val_data, tower, transform="eval", **common)
     questions = recipe.evaluation.questions
     asked = read_questions(questions, recipe.evaluation.answers).records if questions else []
@@ -361,31 +372,43 @@ def _lengths(done: int, total: int, batch_pairs: int) -> Iterator[int]:
 def _accumulate(this: Run, update: Update, batches: Iterator[tuple[Batch, Tensor]], parameters: list[Tensor]) -> Tensor:
     """Gradients of the mean loss of the whole update; returns that mean.  Every rank plans the same update and computes its share.
 
-    The mean is over the tokens of the update, or, with `loss_mean: micro_batch`, over its micro-batches' token means.
+    The mean is over the tokens of the update, or, with `loss_mean: micro_batch`, over its micro-batches' token means.  Where captions of
+    unusable images are left out, which only the rank that reads them knows, the mean is over the tokens that remain.
     """
-    total = torch.zeros((), device=this.runtime.device)
+    total = torch.zeros(2, device=this.runtime.device)  # sum of the losses, targets
     for batch, prepared in batches:
         features = this.features.finish(prepared)
         with this.runtime.autocast():
             count = (
-                batch.target_count * update.batch_count if this.recipe.loss_mean == "micro_batch" else update.targets
+                max(1, batch.target_count) * update.batch_count
+                if this.recipe.loss_mean == "micro_batch"
+                else update.targets
             )
             loss = this.model.loss_sum(features, batch.to(this.runtime.device)) / count
         loss.backward()
-        total += loss.detach()
+        total[0] += loss.detach()
+        total[1] += batch.target_count
     if this.runtime.world_size > 1:
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             this.runtime.sum_(parameter.grad)
         this.runtime.sum_(total)
-    return total
+    if this.recipe.data.bad_images == "skip" and this.recipe.loss_mean == "global":
+        planned_over_kept = update.targets / total[1].clamp(min=1)  # 1 where nothing was left out
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.mul_(planned_over_kept)
+        total[0] *= planned_over_kept
+    return total[0]
 
 
 def _log_train(
     this: Run, index: int, stage: Stage, losses: Tensor, norm: Tensor, skipped_in_a_row: Tensor, rate: float, total: int
 ) -> None:
     progress, log = this.progress, this.log
+    if this.recipe.data.bad_images == "skip":
+        outcome.report_bad_images(this)
     loss_sum, counted, skipped = losses.tolist()
     in_a_row, grad_norm = skipped_in_a_row.item(), norm.item()
     losses.zero_()

@@ -11,6 +11,7 @@ import torch
 from rich.table import Table
 from torch import nn
 
+from ..kernels.image_decode import image_decode_unsupported_reason
 from .checkpoint import write_json
 from .data.packing import UpdateOrder
 from .data.prompts import CAPTION_PROMPT, vqa_prompt
@@ -91,6 +92,7 @@ def print_savings(log: RunLog, recipe: TransferRecipe, model: VisionLanguageMode
     dropout = model.vpg.config.dropout
     cached = data.vision_cache
     augmented = data.transform == "train"
+    decoder_missing = image_decode_unsupported_reason()
     rows = [
         (
             "one image, one encoding",
@@ -106,6 +108,13 @@ def print_savings(log: RunLog, recipe: TransferRecipe, model: VisionLanguageMode
             cached,
             not augmented,
             f"{data.views} stored view(s)" if cached else "data.vision_cache is off",
+        ),
+        (
+            "scaled JPEG decoding",
+            data.decode == "fast" and decoder_missing is None,
+            False,
+            f"data.decode is {data.decode}"
+            + (f"; {decoder_missing}" if data.decode == "fast" and decoder_missing else ""),
         ),
     ]
     table = Table(title="savings", title_justify="left")
@@ -123,6 +132,15 @@ def report_refusals(log: RunLog, folder: Path, captions: TokenTable) -> None:
     )
     if captions.refused.named and log.enabled:
         captions.refused.write_json(folder / f"refused-{captions.name}.json")
+
+
+def report_bad_images(this: Run) -> None:
+    """Name the images that any rank has found unusable since the last call; every rank must call it."""
+    found = this.runtime.gather({this.data.records[i].path: why for i, why in list(this.features.unusable.items())})
+    for path, why in sorted((str(path), why) for of_rank in found for path, why in of_rank.items()):
+        if path not in this.progress.bad_images:
+            this.progress.bad_images[path] = why
+            this.log.warn("bad_image", f"{why}; its captions are left out", step=this.progress.step, file=path)
 
 
 def save_model(this: Run, name: str) -> Path:
@@ -168,6 +186,7 @@ def finish(this: Run) -> dict[str, Any]:
         "best_val_loss": this.validator.loss(this.model), "best_val_pairs": progress.best_pairs, "final_val_loss": final_loss,
         "selected_by": recipe.evaluation.select, "pairs": progress.pairs, "updates": progress.step, "seconds": progress.seconds,
         "gpu_hours": progress.seconds * this.runtime.world_size / 3600, "skipped_updates": progress.skipped,
+        "bad_images": len(progress.bad_images),
         "stages": [s.name for s in recipe.stages], **scores,
         **_measured_with(this, folder / "model"),
     }  # fmt: skip

@@ -169,6 +169,39 @@ class TransferData(_Section):
         "full",
         description="full: decode every image once before training, so that none stops an epoch; header is quicker for large sets",
     )
+    decode: Literal["exact", "fast"] = Field(
+        "exact",
+        description="of training JPEGs: exact equals Pillow bit for bit; fast decodes at 1/2, 1/4 or 1/8 where the crop stays at least as "
+        "large as the tower's input, and differs visibly where it does; validation images are always decoded exactly",
+    )
+    bad_images: Literal["fail", "skip"] = Field(
+        "fail",
+        description="an image that turns out to be unusable in training (damaged since it was checked): fail stops the run with its name; skip "
+        "names it once and leaves its captions out of the loss, whose mean is then over the other targets of the update; its pairs count as "
+        "dealt; more than 1 % of the images (and 8) stop the run",
+    )
+    loader: Literal["native", "ffcv"] = Field(
+        "native",
+        description="of training images: ffcv is FFCV's own Loader over packed sets, where it is installed (extra `ffcv`); it has no bicubic filter "
+        "and no seeded crops, so that neither two runs nor a resumed one are exact; see engine/data/ffcv_loader.py",
+    )
+
+    @model_validator(mode="after")
+    def _ffcv_can(self) -> TransferData:
+        if self.loader == "native":
+            return self
+        for key, native in (("decode", "exact"), ("bad_images", "fail"), ("vision_cache", False)):
+            if (value := getattr(self, key)) != native:
+                raise ValueError(
+                    f"{key}: expected {native!r}, because loader is 'ffcv', which has no such thing, got {value!r}"
+                )
+        for index, entry in enumerate(self.train):
+            if entry.format not in ("auto", "pack"):
+                raise ValueError(
+                    f"train.{index}.format: expected pack, because loader is 'ffcv', got {entry.format!r}; pack it with `vpgtrans pack`, or set "
+                    "loader to native"
+                )
+        return self
 
 
 class Vision(_Section):

@@ -6,6 +6,7 @@ import contextlib
 import os
 import random
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +38,13 @@ class Runtime:
         if self.world_size > 1:
             dist.all_reduce(value)
         return value
+
+    def gather(self, value: Any) -> list[Any]:
+        """A picklable value of every rank, in the order of the ranks."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
 
     def wait(self) -> None:
         """Until every rank is here."""

@@ -66,6 +66,16 @@ int main(int argument_count, char** arguments) {
                                             record.box[1],     record.box[2],     record.box[3],
                                             (record.flags & 1) != 0};
       codes[i] = vpgtrans::decode_image(request, options, target);
+      // The same bytes as rows of 7 stored pixels, in an allocation of their size.
+      vpgtrans::DecodeRequest raw = request;
+      raw.raw_width = 7;
+      raw.raw_height = static_cast<std::int32_t>(record.byte_count / 21);
+      raw.byte_count = record.byte_count / 21 * 21;
+      const std::unique_ptr<std::uint8_t[]> pixels(new std::uint8_t[raw.byte_count]);
+      std::memcpy(pixels.get(), record.data.get(), raw.byte_count);
+      raw.data = pixels.get();
+      if (i % 3 != 0) raw.width = raw.left = 0, raw.top = raw.height = 0;
+      vpgtrans::decode_image(raw, options, target);
     });
   for (const vpgtrans::DecodeCode code : codes) std::printf("%d\n", static_cast<int>(code));
 }

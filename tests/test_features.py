@@ -69,6 +69,14 @@ def test_another_tower_seed_or_transform_is_another_cache(opened, tmp_path, tiny
     assert len(caches(tmp_path)) == 4
 
 
+def test_fast_decoding_is_another_cache(opened, tmp_path):
+    opened()
+    fast = opened(decode="fast")
+    assert len(caches(tmp_path)) == 2
+    # The scenes are no larger than the tower's input: nothing is scaled.
+    assert torch.equal(fast(GROUPS), opened()(GROUPS))
+
+
 def test_a_truncated_cache_is_rebuilt_and_said(opened, tmp_path, capfd):
     expected = opened()(GROUPS)
     (path,) = caches(tmp_path)

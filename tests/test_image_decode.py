@@ -367,6 +367,7 @@ def test_falls_back_with_a_reason_logged_once(
 ) -> None:
     data = fuzz.encode(fuzz.photograph(60, 40, 20))
     monkeypatch.setattr(image_decode.compiled, "C", object())  # a build without libjpeg-turbo
+    monkeypatch.setattr(image_decode, "simplejpeg", None)
     image_decode._log_fallback_once.cache_clear()
     with caplog.at_level(logging.WARNING, logger=image_decode.__name__):
         for _ in range(2):
@@ -376,6 +377,8 @@ def test_falls_back_with_a_reason_logged_once(
     assert len(caplog.records) == 1 and "libjpeg-dev" in caplog.text
     with pytest.raises(RuntimeError, match=r"impl='cpp' cannot run here: .*built without libjpeg-turbo"):
         decode_batch([data], None, None, 8, impl="cpp")
+    with pytest.raises(RuntimeError, match=r"impl='simplejpeg' cannot run here: .*vpgtrans\[simplejpeg\]"):
+        decode_batch([data], None, None, 8, impl="simplejpeg")
 
 
 def run_fuzz(*arguments: str, seconds: int) -> str:
@@ -416,3 +419,101 @@ def test_5000_mutated_files_under_sanitizers(tmp_path: Path) -> None:
     done = subprocess.run([driver, tmp_path / "records"], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     assert len(done.stdout.split()) == 5000 and len(set(done.stdout.split())) > 4
+
+
+@pytest.mark.parametrize("width, height", [(64, 48), (500, 333), (1, 1), (3, 200), (300, 7), (37, 400)])
+def test_stored_pixels_equal_pillow_bit_by_bit(impl: str, width: int, height: int) -> None:
+    """Beside JPEGs in one batch, up to the last byte of the pixels."""
+    pixels = np.random.default_rng(width).integers(0, 256, (height, width, 3), np.uint8)
+    jpeg = fuzz.encode(fuzz.photograph(80, 60, 1))
+    rng = np.random.default_rng(9)
+    for size in (1, 17, 48, 224):
+        boxes = [(0, 0, width, height), *random_boxes(width, height, 6, rng), (0, 0, 0, 0)]
+        flips = rng.random(len(boxes)) < 0.5
+        slices, raw_sizes = [pixels.copy().tobytes() for _ in boxes], [(width, height)] * len(boxes)
+        slices[-1], raw_sizes[-1] = jpeg, (0, 0)
+        out, codes = decode_batch(slices, boxes, flips, size, threads=2, impl=impl, raw_sizes=raw_sizes)
+        assert not codes.any()
+        for i, (left, top, w, h) in enumerate(boxes[:-1]):
+            cropped = Image.fromarray(pixels).crop((left, top, left + w, top + h))
+            expected = np.asarray(cropped.resize((size, size), Image.Resampling.BICUBIC))
+            expected = (expected[:, ::-1] if flips[i] else expected).transpose(2, 0, 1)
+            np.testing.assert_array_equal(out[i].numpy(), expected, err_msg=f"{boxes[i]} to {size}, flip {flips[i]}")
+        np.testing.assert_array_equal(out[-1].numpy(), pillow_pixels(jpeg, (0, 0, 80, 60), flips[-1], size))
+
+
+def test_codes_of_stored_pixels(impl: str) -> None:
+    whole, cut = bytes(3 * 8 * 6), bytes(3 * 8 * 6 - 1)
+    cases = [
+        (whole, (8, 6), (0, 0, 8, 6), DecodeCode.OK),
+        (whole, (8, 6), (0, 0, 8, 7), DecodeCode.BOX_OUTSIDE),
+        (cut, (8, 6), (0, 0, 8, 6), DecodeCode.UNREADABLE),
+        (whole, (6, 6), (0, 0, 0, 0), DecodeCode.UNREADABLE),
+        (whole, (8, 0), (0, 0, 0, 0), DecodeCode.UNREADABLE),
+        (whole, (9, 6), (0, 0, 0, 0), DecodeCode.TOO_MANY_PIXELS),
+        (whole, (2**40, 2**40), (0, 0, 0, 0), DecodeCode.TOO_MANY_PIXELS),
+        (b"", (8, 6), (0, 0, 0, 0), DecodeCode.EMPTY),
+        (whole, (0, 0), (0, 0, 0, 0), DecodeCode.NOT_AN_IMAGE),
+    ]
+    slices, raw_sizes, boxes, expected = map(list, zip(*cases, strict=True))
+    _, codes = decode_batch(slices, boxes, None, 4, max_pixels=48, impl=impl, raw_sizes=raw_sizes)
+    assert codes.tolist() == expected
+    for wrong in ([(8, 6)], [(8,)] * 9, [(8, -1)] * 9, [(8.0, 6.0)] * 9):
+        with pytest.raises(ValueError, match=r"raw_sizes has shape .*expected \[9, 2\] integers"):
+            decode_batch(slices, boxes, None, 4, impl=impl, raw_sizes=wrong)
+
+
+@pytest.fixture
+def needs_simplejpeg() -> None:
+    if reason := image_decode.simplejpeg_unsupported_reason():
+        pytest.skip(reason)
+
+
+@pytest.mark.usefixtures("needs_simplejpeg")
+@pytest.mark.parametrize("kind", list(jpegs_of_every_kind()))
+def test_simplejpeg_is_close_to_pillow(kind: str) -> None:
+    data = jpegs_of_every_kind()[kind]
+    width, height = Image.open(io.BytesIO(data)).size
+    for size in (1, 32, 57, 224):
+        boxes = [(0, 0, width, height), *random_boxes(width, height, 12, np.random.default_rng(8))]
+        flips = np.arange(len(boxes)) % 2 == 1
+        out, codes = decode_batch([data] * len(boxes), boxes, flips, size, threads=2, impl="simplejpeg")
+        assert not codes.any()
+        for i, box in enumerate(boxes):
+            difference = np.abs(out[i].numpy().astype(int) - pillow_pixels(data, box, flips[i], size))
+            assert difference.max() <= 2 and (difference.mean() <= 0.05 or size == 1), (box, size)
+
+
+@pytest.mark.usefixtures("needs_simplejpeg")
+def test_simplejpeg_is_close_to_pillow_on_real_photographs(measuring_data: Path) -> None:
+    """2 levels of 255 and a mean of 0.05; measured 2 and 0.009."""
+    files = sorted((measuring_data / "daquar" / "images").glob("*.jpg"))[:20]
+    files += sorted((measuring_data / "flickr8k" / "images").glob("*.jpg"))[:40]
+    contents = [file.read_bytes() for file in files]
+    boxes = [crop_box(*Image.open(file).size, sample_rng(0, 0, i)) for i, file in enumerate(files)]
+    for size in (224, 364):
+        for crops in (boxes, None):
+            out, _ = decode_batch(contents, crops, None, size, impl="simplejpeg")
+            exact, _ = decode_batch(contents, crops, None, size, impl="reference")
+            difference = (out.int() - exact.int()).abs()
+            assert difference.max() <= 2 and difference.float().mean((1, 2, 3)).max() < 0.05
+
+
+@pytest.mark.usefixtures("needs_simplejpeg")
+def test_simplejpeg_stands_in_for_the_compiled_one(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Damage and limits get the reference's codes, and what it does not take the reference's pixels."""
+    monkeypatch.setattr(image_decode.compiled, "C", object())
+    image_decode._log_fallback_once.cache_clear()
+    whole = fuzz.encode(fuzz.photograph(60, 40, 20))
+    raw = bytes(range(3 * 4 * 4))
+    slices = [whole, whole[:-300], b"", b"GIF89a", fuzz.seeds()[6], fuzz.seeds()[5], raw, whole, whole]
+    boxes = [(0, 0, 0, 0)] * 7 + [(0, 0, 61, 40), (-1, 0, 8, 8)]
+    raw_sizes = [(0, 0)] * 6 + [(4, 4)] + [(0, 0)] * 2
+    with caplog.at_level(logging.WARNING, logger=image_decode.__name__):
+        out, codes = decode_batch(slices, boxes, None, 8, raw_sizes=raw_sizes)
+    exact, expected = decode_batch(slices, boxes, None, 8, impl="reference", raw_sizes=raw_sizes)
+    assert codes.tolist() == expected.tolist() and "decodes with simplejpeg" in caplog.text
+    assert torch.equal(out[4:], exact[4:]) and (out.int() - exact.int()).abs().max() <= 2
+    assert len(caplog.records) == 1 and image_decode.live_decoder() == "simplejpeg"

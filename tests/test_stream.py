@@ -21,7 +21,7 @@ class Features:
     """Prepares the image numbers of a micro-batch; counts what it was asked for."""
 
     def __init__(self, fails_at: int | None = None):
-        self.prepared, self.fails_at = 0, fails_at
+        self.prepared, self.fails_at, self.unusable = 0, fails_at, {}
 
     def prepare(self, groups) -> torch.Tensor:
         self.prepared += 1
@@ -114,6 +114,8 @@ from vpgtrans.engine.data.stream import UpdateStream
 import torch
 
 class Features:
+    unusable = {}
+
     def prepare(self, groups):
         return torch.empty(len(groups), 3, 64, 64, dtype=torch.uint8)
 

@@ -1,20 +1,22 @@
-"""Batches of training pixels: the native decoder for JPEGs, Pillow for everything else, the same pixels as `load_pixels` gives one by one."""
+"""Batches of training pixels, the same as `load_pixels` gives one by one: the native decoder for JPEGs and stored pixels, Pillow for the rest."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...kernels.image_decode import DecodeCode, decode_batch, image_decode_unsupported_reason
+from ...kernels.image_decode import DecodeCode, decode_batch, live_decoder
 from .beton_member import BetonMember
-from .images import Member, crop_box, load_pixels, read_bytes
+from .images import ImageRefused, Member, crop_box, load_pixels, read_bytes
 from .jpeg_header import jpeg_header
 
+GREY = 127
 _EXIF_WITHIN = 65_536  # an EXIF block stands in the first segments
 
 
@@ -24,44 +26,68 @@ def load_batch(
     rngs: Sequence[np.random.Generator | None],
     pool: Executor,
     threads: int | None = None,
+    mode: Literal["exact", "fast"] = "exact",
+    refused: Callable[[int, ImageRefused], None] | None = None,
 ) -> Tensor:
     """uint8 (images, 3, size, size): each image with the eval transform, or, with a generator, randomly cropped and flipped.
 
-    threads: of the native decoder; default: one a core.  Where that is missing, and for what it does not take (other formats, EXIF blocks that may
-    turn the picture), `pool` decodes by Pillow.  Raises ImageRefused as `load_pixels` does.
+    threads: of the decoder; default: one a core.  What it does not take (other formats, EXIF blocks that may turn the picture) `pool` decodes by
+    Pillow.  Without the native decoder simplejpeg decodes where it is installed, within 2 of 255 levels of Pillow, else Pillow everything.
+    mode: "fast" needs the native decoder; the pixels are no longer those of `load_pixels` where a crop is at least twice as large as `size`.
+    refused: is told the place and the fault of each image that cannot be used, which becomes grey,
+    from any thread of the pool; without it ImageRefused is raised as by `load_pixels`.
     """
     out = torch.empty(len(sources), 3, size, size, dtype=torch.uint8)
     native: list[int] = []
     contents: list[bytes] = []
     boxes, flips = np.zeros((len(sources), 4), np.int64), np.zeros(len(sources), bool)
-    if image_decode_unsupported_reason() is None:
-        for index, content in enumerate(pool.map(_jpeg_bytes, sources)):
-            if content is None:
+    raw_sizes = np.zeros((len(sources), 2), np.int64)
+    if live_decoder() != "reference":
+        for index, found in enumerate(pool.map(_native_content, sources)):
+            if found is None:
                 continue
+            content, width, height, is_raw = found
             rng = rngs[index]
             if rng is not None:  # the same draws in the same order as `train_pixels`
-                header = jpeg_header(content)
-                assert header is not None  # _jpeg_bytes has read it
                 state = rng.bit_generator.state
-                boxes[index] = crop_box(header.width, header.height, rng)
+                boxes[index] = crop_box(width, height, rng)
                 flips[index] = rng.random() < 0.5
                 rng.bit_generator.state = state  # should Pillow have to do it after all
+            if is_raw:
+                raw_sizes[index] = width, height
             native.append(index)
             contents.append(content)
     if native:
-        pixels, codes = decode_batch(contents, boxes[native], flips[native], size, threads=threads)
+        pixels, codes = decode_batch(
+            contents, boxes[native], flips[native], size, threads=threads, mode=mode,
+            raw_sizes=raw_sizes[native] if raw_sizes.any() else None,
+        )  # fmt: skip
         out[native] = pixels
         native = [index for index, code in zip(native, codes, strict=True) if code == DecodeCode.OK]
     others = sorted(set(range(len(sources))) - set(native))
-    for index, pixels in zip(others, pool.map(lambda i: load_pixels(sources[i], size, rngs[i]), others), strict=True):
-        out[index] = pixels
+
+    def one(index: int) -> None:
+        try:
+            out[index] = load_pixels(sources[index], size, rngs[index])
+        except ImageRefused as refusal:
+            if refused is None:
+                raise
+            refused(index, refusal)
+            out[index] = GREY
+
+    list(pool.map(one, others))
     return out
 
 
-def _jpeg_bytes(source: str | os.PathLike[str] | Member) -> bytes | None:
-    """The content of a plain JPEG whose stored size is its upright size; None for Pillow's business."""
-    if isinstance(source, BetonMember) and source.raw_size is not None:
+def _native_content(source: str | os.PathLike[str] | Member) -> tuple[bytes, int, int, bool] | None:
+    """Content, upright width and height, and whether it is pixels, of what the native decoder takes; None for Pillow's business."""
+    try:
+        content = read_bytes(source)
+    except ImageRefused:  # load_pixels says it again
         return None
-    content = read_bytes(source)
+    if isinstance(source, BetonMember) and source.raw_size is not None:
+        return content, *source.raw_size, True
     header = jpeg_header(content)
-    return content if header and header.is_plain and b"Exif" not in content[:_EXIF_WITHIN] else None
+    if not header or not header.is_plain or b"Exif" in content[:_EXIF_WITHIN]:
+        return None
+    return content, header.width, header.height, False

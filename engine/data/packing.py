@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import copy
 from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -287,6 +287,9 @@ class Batch(Protocol):
     @property
     def target_count(self) -> int: ...
 
+    def without(self, images: Collection[int]) -> Batch:
+        """The same batch without the targets of some images; what is computed for them otherwise touches nothing else."""
+
     def to(self, device: torch.device) -> Batch: ...
 
 
@@ -314,6 +317,13 @@ class PackedBatch:
     @property
     def target_count(self) -> int:
         return self.labels.numel()
+
+    def without(self, images: Collection[int]) -> PackedBatch:
+        queries = (int(self.visual_source.max()) + 1) // len(self.groups)
+        # Targets begin at a prefix's last visual slot: the last slot up to a target is of its own group.
+        slot = torch.searchsorted(self.visual_slots, self.predict, right=True) - 1
+        kept = torch.tensor([g.image not in images for g in self.groups])[self.visual_source[slot] // queries]
+        return replace(self, predict=self.predict[kept], labels=self.labels[kept])
 
     def to(self, device: torch.device) -> PackedBatch:
         moved = {

@@ -7,7 +7,8 @@ Q-Former only.  Shape letters: P pairs, E encoder text tokens, D decoder tokens,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -37,6 +38,12 @@ class PairBatch:
     @property
     def target_count(self) -> int:
         return self.labels.numel()
+
+    def without(self, images: Collection[int]) -> PairBatch:
+        """As `Batch.without`."""
+        usable = torch.tensor([g.image not in images for g in self.groups])
+        kept = usable[self.source[self.predict // self.decoder_ids.shape[1]]]
+        return replace(self, predict=self.predict[kept], labels=self.labels[kept])
 
     def to(self, device: torch.device) -> PairBatch:
         names = ("source", "encoder_ids", "encoder_mask", "decoder_ids", "predict", "labels")

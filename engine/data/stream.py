@@ -20,7 +20,8 @@ from .packing import Batch, Group, UpdateOrder
 
 @dataclass(frozen=True)
 class Update:
-    """One update's plan: pairs and targets over all ranks, this rank's micro-batches out of how many, and the data position after it."""
+    """One update's plan: pairs and targets over all ranks (of unusable images too), this rank's micro-batches out of how many, and the
+    data position after it."""
 
     pairs: int
     targets: int
@@ -85,7 +86,9 @@ class UpdateStream:
                 sum(len(g.captions) for g in groups), sum(b.target_count for b in batches), len(batches), len(own), position
             )  # fmt: skip
             for batch in own:
-                yield batch, self._features.prepare(batch.groups)
+                prepared = self._features.prepare(batch.groups)
+                bad = self._features.unusable.keys() & {g.image for g in batch.groups}
+                yield (batch.without(bad) if bad else batch), prepared
 
     def _fill(self) -> None:
         try:

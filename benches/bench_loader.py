@@ -193,13 +193,13 @@ def print_table(found: dict[str, Any]) -> None:
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=192, help="images of each set")
+    parser.add_argument("--images", type=int, help="images of each set; default: 192, or 64 with --quick")
     parser.add_argument(
         "--repeats", type=int, help="processes a peer and set; default: 2, or 1 where only Pillow is there"
     )
     parser.add_argument("--epochs", type=int, default=3, help="timed epochs a process, after one that is not timed")
     parser.add_argument("--workers", type=int, default=1, help="threads or worker processes")
-    parser.add_argument("--quick", action="store_true", help="the smallest images only, one process a peer")
+    parser.add_argument("--quick", action="store_true", help="the smallest size only, fewer images, one process a peer")
     data = os.environ.get("VPGTRANS_DATA")
     parser.add_argument("--data", type=Path, default=data, metavar="FOLDER", help="real photographs ($VPGTRANS_DATA)")
     parser.add_argument(
@@ -209,6 +209,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the JSON object to a file")
     options = parser.parse_args()
+    if options.images is None:
+        options.images = 64 if options.quick else 192
     if options.images < 1 or options.images % BATCH:
         parser.error(f"--images: expected a multiple of {BATCH}, got {options.images}")
     options.pythons = dict(entry.partition("=")[::2] for entry in options.python)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,3 +37,29 @@ class BetonMember:
         status = list(os.stat(self.shard)[:10])
         status[6] = self.size
         return os.stat_result(status)
+
+    def read(self) -> bytes:
+        """The stored bytes, through a file that stays open between samples; raises OSError, also where the shard is cut."""
+        status = os.stat(self.shard)
+        file = _open_shard(self.shard, status.st_ino, status.st_size, status.st_mtime_ns)
+        content = os.pread(file.descriptor, self.size, self.offset)
+        if len(content) != self.size:
+            raise OSError(f"{self}: expected {self.size:,} bytes, got {len(content):,}")
+        return content
+
+
+class _OpenFile:
+    """Closed when nobody uses it any more: a thread may read while the cache drops it."""
+
+    def __init__(self, path: Path):
+        self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+@functools.lru_cache(maxsize=128)
+def _open_shard(path: Path, inode: int, size: int, changed_ns: int) -> _OpenFile:
+    """One open file a shard; a shard that was written anew is another one."""
+    return _OpenFile(path)

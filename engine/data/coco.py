@@ -13,9 +13,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..recipe import ImageData
 from .beton_member import BetonMember
 from .captions import preprocess_caption, preprocess_question
 from .formats import CaptionFormat, as_coco, as_vqa, caption_source, default_images, recognise
@@ -38,6 +37,9 @@ from .reading import (
 )
 from .tar_member import TarMember
 from .webdataset import read_tars
+
+if TYPE_CHECKING:
+    from ..recipe import ImageData
 
 __all__ = [
     "CaptionSet",

@@ -163,6 +163,7 @@ def _prepare(recipe: TransferRecipe, runtime: Runtime, log: RunLog, progress: Pr
     data = join(sets)
     val_data = tokenize_entry(layout.val, val, model.llm, layout.max_text_tokens, recipe.seed)
     model.to(runtime.device)
+    model.llm.use_prefix_attention(runtime.device)
     tower.to(runtime.device, runtime.compute_dtype)
     cache = (recipe.output.cache or recipe.output.folder.parent / "cache") if layout.vision_cache else None
     common = {"seed": recipe.seed, "runtime": runtime, "cache_root": cache, "log": log}

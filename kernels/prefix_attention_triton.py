@@ -229,11 +229,12 @@ def _key_gradient_kernel(
         _store(dv_ptr + at + columns[None, :], dv, key_inside, columns, HEAD_SIZE, BLOCK_D)
 
 
-COMPILED_SHAPES = ((128, 1), (80, 1), (256, 2))  # head size, query heads a key head: OPT-6.7B, OPT-2.7B padded, Gemma
+# Stage, head size, query heads a key head: OPT-6.7B's three kernels, and the one with the least room at the largest head.
+COMPILED = (("forward", 128, 1), ("query_gradient", 128, 1), ("key_gradient", 128, 1), ("key_gradient", 256, 2))
 
 
 def compile_cases(architecture: int) -> list[CompileCase]:
-    """The three kernels in bf16 at COMPILED_SHAPES."""
+    """COMPILED in bf16."""
     import torch
 
     from .prefix_attention import launch_config, padded_head_size
@@ -243,21 +244,17 @@ def compile_cases(architecture: int) -> list[CompileCase]:
         "query_gradient": (_query_gradient_kernel, {"NEED_QUERY": True}),
         "key_gradient": (_key_gradient_kernel, {"NEED_KEY": True, "NEED_VALUE": True}),
     }
-    floats = {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "segments_ptr": "*i32", "scale": "fp32", "scale_log2": "fp32"}
+    others = {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "segments_ptr": "*i32", "scale": "fp32", "scale_log2": "fp32"}
     cases = []
-    for head_size, group in COMPILED_SHAPES:
-        for stage, (kernel, needs) in kernels.items():
-            config = launch_config(stage, head_size, torch.bfloat16, architecture)
-            sizes = {
-                "GROUP": group, "HEAD_SIZE": head_size, "BLOCK_D": padded_head_size(head_size), "BLOCK_ROWS": config.block_rows,
-                "BLOCK_KEYS": config.block_keys,
-            }  # fmt: skip
-            types = {a: floats.get(a, "*bf16" if a.endswith("_ptr") else "i32") for a in kernel.arg_names}
-            strides = tuple(a for a in kernel.arg_names if a.endswith(("_row", "_head", "_token")))
-            cases.append(
-                CompileCase(
-                    f"{stage} {head_size}x{group}", kernel, types, {**sizes, **needs}, strides,
-                    {"num_warps": config.warps, "num_stages": config.stages},
-                )
-            )  # fmt: skip
+    for stage, head_size, group in COMPILED:
+        kernel, needs = kernels[stage]
+        config = launch_config(stage, head_size, torch.bfloat16, architecture)
+        sizes = {
+            "GROUP": group, "HEAD_SIZE": head_size, "BLOCK_D": padded_head_size(head_size), "BLOCK_ROWS": config.block_rows,
+            "BLOCK_KEYS": config.block_keys,
+        }  # fmt: skip
+        types = {a: others.get(a, "*bf16" if a.endswith("_ptr") else "i32") for a in kernel.arg_names}
+        strides = tuple(a for a in kernel.arg_names if a.endswith(("_row", "_head", "_token")))
+        options = {"num_warps": config.warps, "num_stages": config.stages}
+        cases.append(CompileCase(f"{stage} {head_size}x{group}", kernel, types, {**sizes, **needs}, strides, options))
     return cases

@@ -171,6 +171,7 @@ def _prepare(recipe: TransferRecipe, runtime: Runtime, log: RunLog, progress: Pr
     outcome.report_refusals(log, recipe.output.folder, val_data)
     data = join(sets)
     model.to(runtime.device)
+    model.llm.use_prefix_attention(runtime.device)
     tower.to(runtime.device, runtime.compute_dtype)
     common = {
         "seed": recipe.seed,

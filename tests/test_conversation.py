@@ -19,6 +19,7 @@ from vpgtrans.engine.models.vlm import VisionLanguageModel
 from vpgtrans.engine.models.vpg import VPG
 from vpgtrans.engine.pretrain.tokenizer import train_word_level
 from vpgtrans.engine.recipe import ImageData, QFormerConfig, RecipeError, load_recipe
+from vpgtrans.kernels.prefix_attention import dense_mask
 
 QUERIES = 5
 TEXTS = ["###Human: ###Assistant: what is it? say more.", *INSTRUCTIONS, "a small red circle, a large blue square"]
@@ -63,7 +64,7 @@ def test_a_row_by_hand():
     assert list(zip(batch.predict.tolist(), batch.labels.tolist(), strict=True)) == [
         (5, 5), (6, 6), (8, 4), (9, 6), (12, 1), (13, 5), (14, 3)
     ]  # fmt: skip
-    mask = batch.mask[0, 0]
+    mask = dense_mask(batch.segments)[0, 0]
     seen = [torch.nonzero(row).flatten().tolist() for row in mask[:16]]
     prefix = [0, 1, 2, 3]
     assert seen[:4] == [[0], [0, 1], [0, 1, 2], prefix]

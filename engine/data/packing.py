@@ -297,14 +297,15 @@ class Batch(Protocol):
 class PackedBatch:
     """One micro-batch.  `images` lists the groups whose encodings it needs; everything else indexes into the flattened rows.
 
-    ids (R, T) int64, positions (R, T) int64, mask (R, 1, T, T) bool, visual_slots (V,) and visual_source (V,) int64 (flat slot, flat
-    row of the prompts (groups x queries)), predict (P,) int64 flat positions whose next token is `labels` (P,) int64.
+    ids (R, T) int64, positions (R, T) int64, segments (R, T, 4) int32 (what each token sees, kernels/prefix_attention.py), visual_slots (V,)
+    and visual_source (V,) int64 (flat slot, flat row of the prompts (groups x queries)), predict (P,) int64 flat positions whose next token
+    is `labels` (P,) int64.
     """
 
     groups: list[Group]
     ids: Tensor
     positions: Tensor
-    mask: Tensor
+    segments: Tensor
     visual_slots: Tensor
     visual_source: Tensor
     predict: Tensor
@@ -328,7 +329,7 @@ class PackedBatch:
     def to(self, device: torch.device) -> PackedBatch:
         moved = {
             name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("ids", "positions", "mask", "visual_slots", "visual_source", "predict", "labels")
+            for name in ("ids", "positions", "segments", "visual_slots", "visual_source", "predict", "labels")
         }
         return PackedBatch(self.groups, **moved)
 
@@ -397,12 +398,11 @@ def _build(
     place = {group: index for index, group in enumerate(used)}
     ids = np.full((len(rows), width), pad, np.int64)
     positions = np.zeros((len(rows), width), np.int64)
-    group_of = np.full((len(rows), width), -1, np.int64)
-    caption_of = np.zeros((len(rows), width), np.int64)  # 0 is the shared prefix
+    visible = np.zeros((len(rows), width, 4), np.int32)
     slots, sources, predict, labels = [], [], [], []
     for row, segments in enumerate(rows):
         at = 0
-        for number, segment in enumerate(segments):
+        for segment in segments:
             group = groups[segment.group]
             lead = data.lead(group.image)
             base, visual = row * width, at + len(lead)
@@ -410,31 +410,28 @@ def _build(
             ids[row, at:visual] = lead
             slots.append(base + np.arange(visual, start))
             sources.append(place[segment.group] * queries + np.arange(queries))
-            group_of[row, at : at + segment.length] = number
-            prefix = start - at
+            prefix, stop = start - at, at + segment.length
+            visible[row, at:start] = at, start, start, stop
             positions[row, at:start] = np.arange(prefix)
             last_visual = base + start - 1
-            for mark, caption in enumerate(segment.captions, 1):
+            for caption in segment.captions:
                 tokens = data.ids[group.image][caption]
                 end = start + len(tokens)
                 ids[row, start:end] = tokens
                 positions[row, start:end] = prefix + np.arange(len(tokens))
-                caption_of[row, start:end] = mark
+                visible[row, start:end] = at, visual + queries, start, end
                 # The last visual position predicts BOS, once for each caption; a caption's last token predicts nothing.
                 first = data.question_tokens(group.image, caption)
                 predict.append(np.concatenate([[last_visual], base + np.arange(start, end - 1)])[first:])
                 labels.append(tokens[first:])
                 start = end
-            at = start
-    order = np.arange(width)
-    same_group = group_of[:, :, None] == group_of[:, None, :]
-    visible = (caption_of[:, None, :] == 0) | (caption_of[:, :, None] == caption_of[:, None, :])
-    mask = same_group & visible & (order[:, None] >= order[None, :])
+            at = stop
+        visible[row, at:] = at, width, width, width  # padding sees padding: a row of the softmax may not be empty
     return PackedBatch(
         groups=[groups[g] for g in used],
         ids=torch.from_numpy(ids),
         positions=torch.from_numpy(positions),
-        mask=torch.from_numpy(mask)[:, None],
+        segments=torch.from_numpy(visible),
         visual_slots=torch.from_numpy(np.concatenate(slots)),
         visual_source=torch.from_numpy(np.concatenate(sources)),
         predict=torch.from_numpy(np.concatenate(predict)),

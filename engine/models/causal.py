@@ -6,6 +6,8 @@ The contract, checked on a short sequence when a model is loaded:
 * `hidden_states(embed(ids), positions, mask)` followed by `logits` equals the model's own forward of `ids`;
 * a boolean mask (rows, 1, tokens, tokens) and explicit positions are honoured, which is what lets the captions of one image share
   their visual prefix in one row.
+
+On an NVIDIA GPU packed rows are attended to by kernels/prefix_attention.py, through transformers' attention interface (attention.py).
 """
 
 from __future__ import annotations
@@ -19,8 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ...kernels.prefix_attention import dense_mask
+from ...kernels.triton_support import log_fallback_once, triton_unsupported_reason
 from ..data.packing import Group, PackedBatch, TokenisedCaptions, pack_update
 from ..recipe import Generation
+from .attention import PREFIX, register_prefix_attention
 from .llm import LanguageModel, ModelError, prompt_counts_in_beam_score
 
 
@@ -51,7 +56,8 @@ class CausalLanguageModel(LanguageModel):
             decoder.project_in = None
 
     def hidden_states(self, inputs: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-        """inputs (rows, tokens, W), positions (rows, tokens) int64, mask (rows, 1, tokens, tokens) bool -> (rows, tokens, head width)."""
+        """inputs (rows, tokens, W), positions (rows, tokens) int64, mask (rows, 1, tokens, tokens) bool or what `packed_mask` gives ->
+        (rows, tokens, head width)."""
         if self.model.config._attn_implementation == "eager":  # which adds its mask to the scores
             mask = torch.zeros(mask.shape, dtype=inputs.dtype, device=mask.device).masked_fill_(
                 ~mask, torch.finfo(inputs.dtype).min
@@ -59,6 +65,32 @@ class CausalLanguageModel(LanguageModel):
         return self.model.base_model(
             inputs_embeds=inputs, position_ids=positions, attention_mask=mask, use_cache=False
         ).last_hidden_state
+
+    def packed_mask(self, segments: Tensor) -> Tensor:
+        """segments (rows, tokens, 4) int32 of packed rows -> the mask that the model's attention takes."""
+        return segments[:, None] if self.model.config._attn_implementation == PREFIX else dense_mask(segments)
+
+    def use_prefix_attention(self, device: torch.device) -> None:
+        """From here on attend to packed rows by the kernels where they run: on NVIDIA GPUs, in models that attend by sdpa.
+
+        The model is on `device`.  Its contract is checked again; where it does not hold, all stays as it was, and the reason is logged.
+        """
+        if device.type != "cuda" or self.model.config._attn_implementation != "sdpa":
+            return
+        reason = triton_unsupported_reason(device)
+        if reason is None:
+            self._attend_by_prefix()
+            try:
+                self.check_contract()
+                return
+            except ModelError as error:
+                self.model.set_attn_implementation("sdpa")
+                reason = str(error)
+        log_fallback_once("prefix_attention", reason)
+
+    def _attend_by_prefix(self) -> None:
+        register_prefix_attention()
+        self.model.set_attn_implementation(PREFIX)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (n, head width) -> (n, rows of the head), with the model's own soft-cap where it has one."""
@@ -80,7 +112,8 @@ class CausalLanguageModel(LanguageModel):
     def loss_sum(self, prompts: Tensor, batch: PackedBatch) -> Tensor:
         words = self.embed(batch.ids).flatten(0, 1)
         inputs = words.index_copy(0, batch.visual_slots, prompts.flatten(0, 1)[batch.visual_source].to(words.dtype))
-        hidden = self.hidden_states(inputs.view(*batch.ids.shape, -1), batch.positions, batch.mask)
+        mask = self.packed_mask(batch.segments)
+        hidden = self.hidden_states(inputs.view(*batch.ids.shape, -1), batch.positions, mask)
         logits = self.logits(hidden.flatten(0, 1)[batch.predict])
         wide = logits if logits.dtype == torch.float64 else logits.float()
         return F.cross_entropy(wide, batch.labels, reduction="sum")
@@ -147,10 +180,10 @@ class CausalLanguageModel(LanguageModel):
             ids[1, :3] = ids[0, :3]
             plain = self.logits(self.hidden_states(self.embed(ids), positions, causal)).float()
             packed = torch.cat([ids[0], ids[1, 3:]])[None]
-            mask = torch.ones(9, 9, dtype=torch.bool, device=device).tril()
-            mask[6:, 3:6] = False
+            spans = [[0, 3, 3, 9]] * 3 + [[0, 3, 3, 6]] * 3 + [[0, 3, 6, 9]] * 3
+            mask = self.packed_mask(torch.tensor([spans], dtype=torch.int32, device=device))
             packed_positions = torch.tensor([[0, 1, 2, 3, 4, 5, 3, 4, 5]], device=device)
-            got = self.logits(self.hidden_states(self.embed(packed), packed_positions, mask[None, None])).float()[0]
+            got = self.logits(self.hidden_states(self.embed(packed), packed_positions, mask)).float()[0]
         except (TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise ModelError(
                 f"llm: {kind} does not take embeddings, position ids and a 4-d mask: {error}; choose another model"

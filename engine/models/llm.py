@@ -111,6 +111,9 @@ class LanguageModel(nn.Module, ABC):
             found += [self.framed(ids, max_tokens) for ids in chunk]
         return found
 
+    def use_prefix_attention(self, device: torch.device) -> None:
+        """Attend to packed rows by the kernels where they run on `device`, where the model is; nothing to do in a family without them."""
+
     @abstractmethod
     def framed(self, ids: list[int], max_tokens: int) -> list[int]:
         """A caption's ids, cut to `max_tokens` and framed as `pack` wants them."""

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -60,12 +59,6 @@ class CausalLanguageModel(LanguageModel):
             inputs_embeds=inputs, position_ids=positions, attention_mask=mask, use_cache=False
         ).last_hidden_state
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden (n, head width) -> (n, rows of the head), with the model's own soft-cap where it has one."""
-        logits = self.model.get_output_embeddings()(hidden)
-        softcap = getattr(self.model.config, "final_logit_softcapping", None)
-        return torch.tanh(logits / softcap) * softcap if softcap else logits
-
     def framed(self, ids: list[int], max_tokens: int) -> list[int]:
         """`[bos] caption [newline]`; a caption over `max_tokens` (BOS and newline included) is cut and has no newline, as in LAVIS."""
         return [self.special.bos, *ids, self.special.newline][:max_tokens]
@@ -81,9 +74,7 @@ class CausalLanguageModel(LanguageModel):
         words = self.embed(batch.ids).flatten(0, 1)
         inputs = words.index_copy(0, batch.visual_slots, prompts.flatten(0, 1)[batch.visual_source].to(words.dtype))
         hidden = self.hidden_states(inputs.view(*batch.ids.shape, -1), batch.positions, batch.mask)
-        logits = self.logits(hidden.flatten(0, 1)[batch.predict])
-        wide = logits if logits.dtype == torch.float64 else logits.float()
-        return F.cross_entropy(wide, batch.labels, reduction="sum")
+        return self.cross_entropy_sum(hidden.flatten(0, 1)[batch.predict], batch.labels)
 
     @torch.no_grad()
     def generate_ids(self, prompts: Tensor, texts: Sequence[str], settings: Generation) -> Tensor:

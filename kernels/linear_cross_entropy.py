@@ -40,7 +40,7 @@ from .triton_support import log_fallback_once, triton_unsupported_reason
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 STRIDE_MULTIPLE = 64  # elements: rows of the logits' buffer start at whole 128-byte lines whatever the vocabulary
 MAX_CHUNK_BYTES = 1 << 30
-Epilogue = Callable[[Tensor, Tensor, Tensor, float | None, bool], Tensor]
+Epilogue = Callable[[Tensor, int, Tensor, Tensor, float | None, bool], Tensor]
 
 
 def linear_cross_entropy(
@@ -125,15 +125,15 @@ def launch_config(rows: int, vocabulary: int, width: int, itemsize: int) -> Laun
 
 
 def logits_buffer(rows: int, vocabulary: int, like: Tensor) -> Tensor:
-    """Uninitialised [rows, vocabulary] whose rows start at multiples of STRIDE_MULTIPLE elements."""
-    stride = math.ceil(vocabulary / STRIDE_MULTIPLE) * STRIDE_MULTIPLE
-    return like.new_empty(rows, stride)[:, :vocabulary]
+    """Uninitialised [rows, vocabulary rounded up to STRIDE_MULTIPLE]; the columns past the vocabulary are padding."""
+    return like.new_empty(rows, math.ceil(vocabulary / STRIDE_MULTIPLE) * STRIDE_MULTIPLE)
 
 
 def torch_epilogue(
-    logits: Tensor, labels: Tensor, losses: Tensor, softcap: float | None, with_gradient: bool
+    buffer: Tensor, vocabulary: int, labels: Tensor, losses: Tensor, softcap: float | None, with_gradient: bool
 ) -> Tensor:
     """As `triton_epilogue`, in torch; the gradient may lie in other memory."""
+    logits = buffer[:, :vocabulary]
     wide = logits if logits.dtype == torch.float64 else logits.float()
     capped = torch.tanh(wide / softcap) if softcap is not None else None
     log_probabilities = torch.log_softmax(wide if capped is None else capped * softcap, -1)
@@ -148,32 +148,32 @@ def torch_epilogue(
 
 
 def triton_epilogue(
-    logits: Tensor, labels: Tensor, losses: Tensor, softcap: float | None, with_gradient: bool
+    buffer: Tensor, vocabulary: int, labels: Tensor, losses: Tensor, softcap: float | None, with_gradient: bool
 ) -> Tensor:
-    """Write each row's loss to `losses`; with a gradient, overwrite `logits` [rows, vocabulary] by its own and return it."""
-    config = launch_config(logits.shape[0], logits.shape[1], 1, logits.element_size())
-    _softmax_minus_onehot(
-        logits, labels, losses, softcap or 0.0, with_gradient, config.block_vocabulary, config.num_warps
-    )
-    return logits
+    """Each row's loss into `losses`; with a gradient, logits in a `logits_buffer` are overwritten by theirs, which is returned."""
+    config = launch_config(len(buffer), vocabulary, 1, buffer.element_size())
+    block, warps = config.block_vocabulary, config.num_warps
+    _softmax_minus_onehot(buffer, vocabulary, labels, losses, softcap or 0.0, with_gradient, block, warps)
+    return buffer[:, :vocabulary]
 
 
-@torch.library.custom_op("vpgtrans::softmax_minus_onehot", mutates_args=("logits", "losses"))
+# The whole buffer, not its view without padding: functionalised graphs copy what an operation writes to, and a view's copy has no padding.
+@torch.library.custom_op("vpgtrans::softmax_minus_onehot", mutates_args=("buffer", "losses"))
 def _softmax_minus_onehot(
-    logits: Tensor, labels: Tensor, losses: Tensor, softcap: float, with_gradient: bool, block: int, warps: int
-) -> None:
+    buffer: Tensor, vocabulary: int, labels: Tensor, losses: Tensor, softcap: float, with_gradient: bool, block: int, warps: int
+) -> None:  # fmt: skip
     from .linear_cross_entropy_triton import softmax_minus_onehot_kernel
 
-    softmax_minus_onehot_kernel[(logits.shape[0],)](
-        logits, labels, losses, logits.shape[1], logits.stride(0), softcap,
+    softmax_minus_onehot_kernel[(len(buffer),)](
+        buffer, labels, losses, vocabulary, buffer.shape[1], softcap,
         BLOCK_V=block, SOFTCAP=softcap > 0, WITH_GRADIENT=with_gradient, num_warps=warps,
     )  # fmt: skip
 
 
 @_softmax_minus_onehot.register_fake
 def _(
-    logits: Tensor, labels: Tensor, losses: Tensor, softcap: float, with_gradient: bool, block: int, warps: int
-) -> None:
+    buffer: Tensor, vocabulary: int, labels: Tensor, losses: Tensor, softcap: float, with_gradient: bool, block: int, warps: int
+) -> None:  # fmt: skip
     return None
 
 
@@ -209,12 +209,13 @@ def _by_chunks(
     buffer = logits_buffer(min(chunk_rows, rows), vocabulary, hidden)
     for start in range(0, rows, chunk_rows):
         part = slice(start, min(start + chunk_rows, rows))
-        logits = buffer[: part.stop - start]
+        chunk = buffer[: part.stop - start]
+        logits = chunk[:, :vocabulary]
         if bias is None:
             torch.mm(hidden[part], weight.t(), out=logits)
         else:
             torch.addmm(bias, hidden[part], weight.t(), out=logits)
-        grad_logits = epilogue(logits, labels[part], losses[part], softcap, with_gradient)
+        grad_logits = epilogue(chunk, vocabulary, labels[part], losses[part], softcap, with_gradient)
         if gradient is not None:
             torch.mm(grad_logits, weight, out=gradient[part])
     return losses.sum(), gradient

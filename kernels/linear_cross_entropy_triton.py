@@ -11,15 +11,17 @@ LOWEST = tl.constexpr(-1e38)  # below every logit, and finite: -inf minus -inf w
 
 
 @triton.jit
-def _load_logits(row_ptr, columns, vocabulary, softcap, SOFTCAP: tl.constexpr):
-    """Logits after the soft-cap, -inf past the vocabulary, and the tanh, whose square the gradient needs."""
-    inside = columns < vocabulary
-    logits = tl.load(row_ptr + columns, mask=inside, other=float("-inf")).to(tl.float32)
+def _load_logits(row_ptr, columns, vocabulary, row_stride, softcap, SOFTCAP: tl.constexpr):
+    """Logits after the soft-cap, -inf past the vocabulary, and the tanh, whose square the gradient needs.
+
+    The mask is the row's stride, a multiple of 64, so that loads are 16 bytes wide for any vocabulary; the buffer's padding is read and dropped.
+    """
+    logits = tl.load(row_ptr + columns, mask=columns < row_stride, other=0.0).to(tl.float32)
     tanh = logits
     if SOFTCAP:
         tanh = 1.0 - 2.0 / (tl.exp(logits * (2.0 / softcap)) + 1.0)  # right at both infinities
-        logits = tl.where(inside, softcap * tanh, float("-inf"))
-    return logits, tanh
+        logits = softcap * tanh
+    return tl.where(columns < vocabulary, logits, float("-inf")), tanh
 
 
 @triton.jit
@@ -32,13 +34,13 @@ def softmax_minus_onehot_kernel(
     row_ptr = logits_ptr + row * row_stride
     label = tl.load(labels_ptr + row)
     is_known = (label >= 0) & (label < vocabulary)
-    target, _target_tanh = _load_logits(row_ptr, tl.where(is_known, label, 0), vocabulary, softcap, SOFTCAP)
+    target, _target_tanh = _load_logits(row_ptr, tl.where(is_known, label, 0), vocabulary, row_stride, softcap, SOFTCAP)
 
     # One running maximum and sum a lane: no exchange between warps until the row has been read.
     highest = tl.full([BLOCK_V], LOWEST, tl.float32)  # [BLOCK_V]
     total = tl.zeros([BLOCK_V], tl.float32)  # [BLOCK_V]
     for start in range(0, vocabulary, BLOCK_V):
-        logits, _tanh = _load_logits(row_ptr, start + tl.arange(0, BLOCK_V), vocabulary, softcap, SOFTCAP)
+        logits, _tanh = _load_logits(row_ptr, start + tl.arange(0, BLOCK_V), vocabulary, row_stride, softcap, SOFTCAP)
         higher = tl.maximum(highest, logits)
         total = total * tl.exp(highest - higher) + tl.exp(logits - higher)
         highest = higher
@@ -50,11 +52,11 @@ def softmax_minus_onehot_kernel(
         inverse = 1.0 / row_total
         for start in range(0, vocabulary, BLOCK_V):
             columns = start + tl.arange(0, BLOCK_V)
-            logits, tanh = _load_logits(row_ptr, columns, vocabulary, softcap, SOFTCAP)
+            logits, tanh = _load_logits(row_ptr, columns, vocabulary, row_stride, softcap, SOFTCAP)
             gradient = tl.exp(logits - row_highest) * inverse - tl.where(columns == label, 1.0, 0.0)
             if SOFTCAP:
                 gradient *= 1.0 - tanh * tanh
-            tl.store(row_ptr + columns, gradient.to(logits_ptr.dtype.element_ty), mask=columns < vocabulary)
+            tl.store(row_ptr + columns, gradient.to(logits_ptr.dtype.element_ty), mask=columns < row_stride)
 
 
 def compile_cases(architecture: int) -> list[CompileCase]:

@@ -217,3 +217,4 @@ def test_compiled_within_budgets(compiled_kernels):
     for kernel in found:
         assert kernel["spill_bytes"] == 0 and kernel["local_accesses"] == 0, kernel
         assert kernel["registers"] <= 128 and kernel["shared_bytes"] <= 16 * 1024, kernel
+        assert kernel["wide_loads"] >= 4 and kernel["wide_stores"] >= 2, kernel

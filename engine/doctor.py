@@ -10,10 +10,12 @@ import platform
 import warnings
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
-from ..kernels import image_decode, row_packing
+from ..kernels import frozen_linear, image_decode, row_packing
+from ..kernels.triton_support import triton_unsupported_reason
 
 REQUIRED = (
     "torch",
@@ -39,10 +41,23 @@ OPTIONAL = {
     "simplejpeg": "simplejpeg",
 }
 
+
+def _gpu_or_cpu() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 # Operation of kernels/ -> its fast implementation, and why that cannot run here (None where it can).
 OPERATIONS = {
     "image_decode": ("cpp", image_decode.image_decode_unsupported_reason),
     "row_packing": ("cpp", row_packing.row_packing_unsupported_reason),
+    "frozen_linear": ("fp8", lambda: frozen_linear.fp8_unsupported_reason(_gpu_or_cpu())),
+    **{
+        name: (
+            "triton",
+            lambda: triton_unsupported_reason(_gpu_or_cpu()),
+        )
+        for name in ("adamw_step", "linear_cross_entropy", "prefix_attention", "prompt_assembly")
+    },
 }
 
 # Operation -> what is live where its fast implementation is not; the reference for those that are not listed.
@@ -144,8 +159,6 @@ def _optional(distribution: str, module: str) -> dict[str, Any]:
 
 
 def _device() -> dict[str, Any]:
-    import torch
-
     device: dict[str, Any] = {"torch CUDA": torch.version.cuda, "torch threads": torch.get_num_threads()}
     if not torch.cuda.is_available():
         return {"device": "cpu", **device}

@@ -28,6 +28,7 @@ from .data.packing import Batch, Group, Position, Subset, TokenisedCaptions, Upd
 from .data.stream import Update, UpdateStream
 from .diagnostics import Watch
 from .evaluation import Validator
+from .kernel_choice import use_kernels
 from .models.tower import PixelNorm
 from .models.vision import load_tower
 from .models.vlm import VisionLanguageModel
@@ -171,7 +172,7 @@ def _prepare(recipe: TransferRecipe, runtime: Runtime, log: RunLog, progress: Pr
     outcome.report_refusals(log, recipe.output.folder, val_data)
     data = join(sets)
     model.to(runtime.device)
-    model.llm.use_prefix_attention(runtime.device)
+    choices = use_kernels(model.llm, recipe.kernels, runtime.device)
     tower.to(runtime.device, runtime.compute_dtype)
     common = {
         "seed": recipe.seed,
@@ -191,7 +192,7 @@ def _prepare(recipe: TransferRecipe, runtime: Runtime, log: RunLog, progress: Pr
     asked = read_questions(questions, recipe.evaluation.answers).records if questions else []
     validator = Validator(val_data, val_features, recipe.evaluation, runtime, asked)
     validator.pack(model, layout)
-    outcome.print_savings(log, recipe, model)
+    outcome.print_savings(log, recipe, model, choices)
     watch = Watch(log, **progress.watch)
     _measure_converter(model, origins, validator, watch, log, recipe)
     return Run(

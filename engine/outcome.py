@@ -16,6 +16,7 @@ from .checkpoint import write_json
 from .data.packing import UpdateOrder
 from .data.prompts import CAPTION_PROMPT, vqa_prompt
 from .data.token_table import TokenTable
+from .kernel_choice import Choice
 from .models.opening import read_projector, read_vpg
 from .models.vlm import VisionLanguageModel
 from .models.vpg import save_parts
@@ -85,7 +86,7 @@ def converter_table(report: ConverterReport, before: float | None = None, after:
     return table
 
 
-def print_savings(log: RunLog, recipe: TransferRecipe, model: VisionLanguageModel) -> None:
+def print_savings(log: RunLog, recipe: TransferRecipe, model: VisionLanguageModel, kernels: list[Choice]) -> None:
     """The start-up table of savings: on or off, exact or not, why."""
     data = recipe.data
     grouped = data.captions_per_image != 1
@@ -116,6 +117,7 @@ def print_savings(log: RunLog, recipe: TransferRecipe, model: VisionLanguageMode
             f"data.decode is {data.decode}"
             + (f"; {decoder_missing}" if data.decode == "fast" and decoder_missing else ""),
         ),
+        *((f"kernel: {choice.name.replace('_', ' ')}", choice.on, True, choice.why) for choice in kernels),
     ]
     table = Table(title="savings", title_justify="left")
     for column in ("saving", "on", "exact", "why"):

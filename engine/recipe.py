@@ -425,6 +425,19 @@ class _Recipe(_Section):
     output: Output
 
 
+class Kernels(_Section):
+    """Operations of kernels/ in place of torch's; auto: those that were measured to pay on a GPU (none yet)."""
+
+    prefix_attention: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="attention to packed rows that skips what a caption does not see; off: sdpa behind a dense mask",
+    )
+    linear_cross_entropy: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="loss behind the frozen head by chunks, without all logits in memory; off: torch's cross-entropy",
+    )
+
+
 class TransferRecipe(_Recipe):
     kind: Literal["transfer"] = "transfer"
     arm: str = Field("vpgtrans", description="label by which a report groups runs")
@@ -441,6 +454,7 @@ class TransferRecipe(_Recipe):
         description="tokens of the whole update weigh alike; micro_batch: a mean of micro-batches' means, as in the authors' code",
     )
     evaluation: Evaluation = Evaluation()
+    kernels: Kernels = Kernels()
 
     @model_validator(mode="after")
     def _consistent(self) -> TransferRecipe:

@@ -40,7 +40,10 @@ class CompileCase:
 
 @dataclass(frozen=True)
 class Resources:
-    """What one compiled kernel takes: a thread's registers, bytes spilled, bytes of shared memory; how often which instructions stand in it."""
+    """What one compiled kernel takes: a thread's registers, bytes spilled, bytes of shared memory; how often which instructions stand in it.
+
+    wide_loads, wide_stores: of 16 bytes a thread from or to global memory.
+    """
 
     name: str
     architecture: int
@@ -52,6 +55,8 @@ class Resources:
     mma: int
     fp8_mma: int
     local_accesses: int
+    wide_loads: int
+    wide_stores: int
 
 
 def compile_case(case: CompileCase, architecture: int) -> Resources:
@@ -98,6 +103,8 @@ def _resources(name: str, compiled: Any, architecture: int) -> Resources:
         mma=len(re.findall(r"\bHMMA", sass)),
         fp8_mma=len(re.findall(r"\bQGMMA", sass)),
         local_accesses=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        wide_loads=len(re.findall(r"\bLDG\.[\w.]*128\b", sass)),
+        wide_stores=len(re.findall(r"\bSTG\.[\w.]*128\b", sass)),
     )
 
 

@@ -14,11 +14,14 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from vpgtrans.engine import kernel_choice
 from vpgtrans.engine.data.packing import CaptionData, Group, pack_update
+from vpgtrans.engine.kernel_choice import use_kernels
 from vpgtrans.engine.models import attention, causal
-from vpgtrans.engine.models.attention import PREFIX
+from vpgtrans.engine.models.attention import PREFIX, register_prefix_attention
 from vpgtrans.engine.models.causal import CausalLanguageModel
 from vpgtrans.engine.models.llm import ModelError
+from vpgtrans.engine.recipe import Kernels, RecipeError
 from vpgtrans.kernels.checks import assert_within_budget
 from vpgtrans.kernels.prefix_attention import dense_mask
 
@@ -28,12 +31,6 @@ SIZES = {
     "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 FAMILIES = ["llama", "opt", "qwen3", "mistral"]
-
-
-class OnGpu:
-    """Stands for an NVIDIA GPU, which no machine of the tests need have."""
-
-    type = "cuda"
 
 
 def language_model(family, make_llm, tokenizer) -> CausalLanguageModel:
@@ -108,7 +105,7 @@ def test_the_reference_path_equals_sdpa(family, make_llm, word_tokenizer, monkey
     llm = language_model(family, make_llm, word_tokenizer)
     batch = packed(llm)
     expected = loss_and_gradient(llm, batch)
-    llm._attend_by_prefix()
+    llm.use_prefix_attention()
     assert llm.model.config._attn_implementation == PREFIX
     for got, wanted in zip(loss_and_gradient(llm, batch), expected, strict=True):
         assert torch.equal(got, wanted)
@@ -124,7 +121,7 @@ def test_the_kernels_inside_a_model(family, make_llm, word_tokenizer, monkeypatc
     llm.model.double()
     exact = loss_and_gradient(llm, batch, torch.float64)
     llm.model.float()
-    llm._attend_by_prefix()
+    llm.use_prefix_attention()
     calls = []
     real = attention.prefix_attention
     monkeypatch.setattr(attention, "prefix_attention", lambda *a, **k: calls.append(1) or real(*a, **k))
@@ -145,7 +142,7 @@ def test_other_masks_attend_as_before(make_llm):
         return llm.model(input_ids=ids, attention_mask=mask).logits, llm.model(input_ids=ids).logits, made
 
     expected = run()
-    llm._attend_by_prefix()
+    llm.use_prefix_attention()
     for got, wanted in zip(run(), expected, strict=True):
         assert torch.equal(got, wanted)
 
@@ -154,7 +151,7 @@ def test_a_short_sliding_window_is_left_to_sdpa(make_llm, word_tokenizer, caplog
     llm = language_model("mistral", make_llm, word_tokenizer)
     batch = packed(llm)
     expected = loss_and_gradient(llm, batch)
-    llm._attend_by_prefix()
+    llm.use_prefix_attention()
     for layer in llm.model.model.layers:
         layer.self_attn.config.sliding_window = 7
     for got, wanted in zip(loss_and_gradient(llm, batch), expected, strict=True):
@@ -164,9 +161,9 @@ def test_a_short_sliding_window_is_left_to_sdpa(make_llm, word_tokenizer, caplog
 
 def test_soft_capped_scores_are_refused(make_llm, word_tokenizer):
     llm = language_model("gemma2", make_llm, word_tokenizer)
-    llm.use_prefix_attention(OnGpu)
-    assert llm.model.config._attn_implementation == "eager"
-    llm._attend_by_prefix()
+    assert "attends by eager" in llm.prefix_attention_unsupported_reason(torch.device("cpu"))
+    register_prefix_attention()
+    llm.model.set_attn_implementation(PREFIX)
     with pytest.raises(ValueError, match="softcap"):
         loss_and_gradient(llm, packed(llm))
 
@@ -177,26 +174,39 @@ def test_autocast_reaches_the_kernels(make_llm):
     batch = packed(llm)
     with torch.autocast("cpu", torch.bfloat16):
         plain, _ = loss_and_gradient(llm, batch)
-        llm._attend_by_prefix()
+        llm.use_prefix_attention()
         got, gradient = loss_and_gradient(llm, batch)
     assert gradient.isfinite().all()
     assert abs(got - plain) < 2e-2 * plain
 
 
-def test_when_a_model_uses_prefix_attention(make_llm, monkeypatch, caplog):
-    llm = make_llm("llama")
-    llm.use_prefix_attention(torch.device("cpu"))
-    assert llm.model.config._attn_implementation == "sdpa" and not caplog.records
+def test_when_a_model_uses_prefix_attention(make_llm, monkeypatch):
+    """auto: not before it was measured; on: with a reason where it cannot run; its contract is checked through the kernels."""
+    llm, cpu = make_llm("llama"), torch.device("cpu")
     monkeypatch.setattr(causal, "triton_unsupported_reason", lambda device: "compute capability 7.5")
-    llm.use_prefix_attention(OnGpu)
-    assert llm.model.config._attn_implementation == "sdpa" and "compute capability 7.5" in caplog.text
+    found = {choice.name: choice for choice in use_kernels(llm, Kernels(), cpu)}
+    assert not found["prefix_attention"].on and "compute capability 7.5" in found["prefix_attention"].why
+    with pytest.raises(
+        RecipeError, match=r"kernels\.prefix_attention: expected auto or off here, got on: compute capability"
+    ):
+        use_kernels(llm, Kernels(prefix_attention="on"), cpu)
     monkeypatch.setattr(causal, "triton_unsupported_reason", lambda device: None)
-    monkeypatch.setattr(
-        llm, "check_contract", lambda: (_ for _ in ()).throw(ModelError("tiny does not honour a prefix"))
-    )
-    llm.use_prefix_attention(OnGpu)
-    assert llm.model.config._attn_implementation == "sdpa" and "does not honour a prefix" in caplog.text
-    monkeypatch.undo()
-    monkeypatch.setattr(causal, "triton_unsupported_reason", lambda device: None)
-    llm.use_prefix_attention(OnGpu)  # its contract is checked through the kernels, in the interpreter here
-    assert llm.model.config._attn_implementation == PREFIX
+    assert not use_kernels(llm, Kernels(), cpu)[0].on
+    monkeypatch.setattr(kernel_choice, "MEASURED", frozenset({"prefix_attention"}))
+    with monkeypatch.context() as broken:
+        fault = ModelError("tiny does not honour a prefix")
+        broken.setattr(llm, "check_contract", lambda: (_ for _ in ()).throw(fault))
+        assert "does not honour" in use_kernels(llm, Kernels(), cpu)[0].why
+        assert llm.model.config._attn_implementation == "sdpa"
+        with pytest.raises(RecipeError, match="does not honour"):
+            use_kernels(llm, Kernels(prefix_attention="on"), cpu)
+    assert not use_kernels(llm, Kernels(prefix_attention="off"), cpu)[0].on
+    assert use_kernels(llm, Kernels(), cpu)[0].on and llm.model.config._attn_implementation == PREFIX
+
+
+def test_the_fused_head_is_asked_for_by_name(make_llm):
+    llm = make_llm("opt")
+    found = {
+        choice.name: choice.on for choice in use_kernels(llm, Kernels(linear_cross_entropy="on"), torch.device("cpu"))
+    }
+    assert found == {"prefix_attention": False, "linear_cross_entropy": True} and llm.fuses_head

@@ -17,12 +17,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ...kernels.prefix_attention import dense_mask
-from ...kernels.triton_support import log_fallback_once, triton_unsupported_reason
+from ...kernels.triton_support import triton_unsupported_reason
 from ..data.packing import Group, PackedBatch, TokenisedCaptions, pack_update
 from ..recipe import Generation
 from .attention import PREFIX, register_prefix_attention
@@ -70,33 +69,22 @@ class CausalLanguageModel(LanguageModel):
         """segments (rows, tokens, 4) int32 of packed rows -> the mask that the model's attention takes."""
         return segments[:, None] if self.model.config._attn_implementation == PREFIX else dense_mask(segments)
 
-    def use_prefix_attention(self, device: torch.device) -> None:
-        """From here on attend to packed rows by the kernels where they run: on NVIDIA GPUs, in models that attend by sdpa.
+    def prefix_attention_unsupported_reason(self, device: torch.device) -> str | None:
+        """Why this model cannot attend to packed rows by the kernels on `device`; None where it can."""
+        if (implementation := self.model.config._attn_implementation) not in ("sdpa", PREFIX):
+            return f"{self.path!r} attends by {implementation}, and the kernels stand in for sdpa"
+        return triton_unsupported_reason(device)
 
-        The model is on `device`.  Its contract is checked again; where it does not hold, all stays as it was, and the reason is logged.
-        """
-        if device.type != "cuda" or self.model.config._attn_implementation != "sdpa":
-            return
-        reason = triton_unsupported_reason(device)
-        if reason is None:
-            self._attend_by_prefix()
-            try:
-                self.check_contract()
-                return
-            except ModelError as error:
-                self.model.set_attn_implementation("sdpa")
-                reason = str(error)
-        log_fallback_once("prefix_attention", reason)
-
-    def _attend_by_prefix(self) -> None:
+    def use_prefix_attention(self) -> None:
+        """From here on attend to packed rows by the kernels.  The model is on its device; raises ModelError where its contract does not hold
+        then, and all stays as it was."""
         register_prefix_attention()
         self.model.set_attn_implementation(PREFIX)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden (n, head width) -> (n, rows of the head), with the model's own soft-cap where it has one."""
-        logits = self.model.get_output_embeddings()(hidden)
-        softcap = getattr(self.model.config, "final_logit_softcapping", None)
-        return torch.tanh(logits / softcap) * softcap if softcap else logits
+        try:
+            self.check_contract()
+        except ModelError:
+            self.model.set_attn_implementation("sdpa")
+            raise
 
     def framed(self, ids: list[int], max_tokens: int) -> list[int]:
         """`[bos] caption [newline]`; a caption over `max_tokens` (BOS and newline included) is cut and has no newline, as in LAVIS."""
@@ -114,9 +102,7 @@ class CausalLanguageModel(LanguageModel):
         inputs = words.index_copy(0, batch.visual_slots, prompts.flatten(0, 1)[batch.visual_source].to(words.dtype))
         mask = self.packed_mask(batch.segments)
         hidden = self.hidden_states(inputs.view(*batch.ids.shape, -1), batch.positions, mask)
-        logits = self.logits(hidden.flatten(0, 1)[batch.predict])
-        wide = logits if logits.dtype == torch.float64 else logits.float()
-        return F.cross_entropy(wide, batch.labels, reduction="sum")
+        return self.cross_entropy_sum(hidden.flatten(0, 1)[batch.predict], batch.labels)
 
     @torch.no_grad()
     def generate_ids(self, prompts: Tensor, texts: Sequence[str], settings: Generation) -> Tensor:

@@ -44,11 +44,10 @@ class Seq2SeqLanguageModel(LanguageModel):
             input_ids=decoder_ids, encoder_hidden_states=encoded, encoder_attention_mask=mask.long(), use_cache=False
         ).last_hidden_state
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden (n, W) -> (n, rows of the head); T5's tied head takes scaled states."""
+    def head_input(self, hidden: Tensor) -> Tensor:
+        """T5's tied head takes scaled states."""
         config = self.model.config
-        scaled = hidden * config.d_model**-0.5 if getattr(config, "scale_decoder_outputs", False) else hidden
-        return self.model.get_output_embeddings()(scaled)
+        return hidden * config.d_model**-0.5 if getattr(config, "scale_decoder_outputs", False) else hidden
 
     def framed(self, ids: list[int], max_tokens: int) -> list[int]:
         """The caption's pieces, cut to `max_tokens` with `</s>`, which `pack` adds to both halves."""
@@ -69,9 +68,7 @@ class Seq2SeqLanguageModel(LanguageModel):
         inputs = torch.cat([prompts[batch.source].to(words.dtype), words], 1)
         mask = F.pad(batch.encoder_mask, (prompts.shape[1], 0), value=True)
         hidden = self.hidden_states(inputs, mask, batch.decoder_ids)
-        logits = self.logits(hidden.flatten(0, 1)[batch.predict])
-        wide = logits if logits.dtype == torch.float64 else logits.float()
-        return F.cross_entropy(wide, batch.labels, reduction="sum")
+        return self.cross_entropy_sum(hidden.flatten(0, 1)[batch.predict], batch.labels)
 
     @torch.no_grad()
     def generate_ids(self, prompts: Tensor, texts: Sequence[str], settings: Generation) -> Tensor:

@@ -171,9 +171,8 @@ def main() -> None:
     found: dict = {}
     for name, shapes in sets.items():
         result = found[name] = measure(device, shapes, options.repeats)
-        print(
-            f"{name}: {result['parameters']:,} parameters in {result['tensors']} tensors; floor {result['floor_ms']} ms at a copy's {result['copy_gb_per_s']} GB/s"
-        )
+        sizes = f"{result['parameters']:,} parameters in {result['tensors']} tensors"
+        print(f"{name}: {sizes}; floor {result['floor_ms']} ms at a copy's {result['copy_gb_per_s']} GB/s")
         for peer, row in result["peers"].items():
             print(
                 f"  {peer:32} {row['ms']:9.3f} {unit} (host {row['host_ms']:.3f}), {row['gb_per_s']:8.1f} GB/s, "

@@ -104,15 +104,26 @@ def adamw_step_unsupported_reason(optimizer: torch.optim.AdamW) -> str | None:
         for parameter in group["params"]:
             if parameter.grad is None:
                 continue
-            state = optimizer.state.get(parameter, {})
-            moments = [state[name] for name in ("exp_avg", "exp_avg_sq") if name in state]
+            state = optimizer.state.get(parameter) or {}
+            moments = (state[name] for name in ("exp_avg", "exp_avg_sq") if name in state)
             for tensor in (parameter, parameter.grad, *moments):
-                if tensor.dtype != torch.float32 or tensor.device != first.device or tensor.layout != torch.strided:
-                    return f"a tensor that is not dense float32 on {first.device}"
-                if not tensor.is_contiguous():
-                    return f"a tensor of shape {tuple(tensor.shape)} whose memory is not contiguous"
-                if tensor.data_ptr() % 16:
-                    return f"a tensor of shape {tuple(tensor.shape)} that does not start at a multiple of 16 bytes"
+                if reason := _tensor_reason(tensor, first):
+                    return reason
+    return None
+
+
+def _tensor_reason(tensor: Tensor, first: Tensor) -> str | None:
+    """Why the kernels cannot reach a tensor by its address; called some thousand times an update, hence the order."""
+    if (
+        tensor.dtype is not torch.float32
+        or tensor.layout is not torch.strided
+        or tensor.get_device() != first.get_device()
+    ):
+        return f"a tensor that is not dense float32 on {first.device}"
+    if not tensor.is_contiguous():
+        return f"a tensor of shape {tuple(tensor.shape)} whose memory is not contiguous"
+    if tensor.data_ptr() % 16:
+        return f"a tensor of shape {tuple(tensor.shape)} that does not start at a multiple of 16 bytes"
     return None
 
 

@@ -71,7 +71,7 @@ def finish_kernel(
     judged = norm
     if HAS_LOSS:
         judged += tl.load(loss_ptr)
-    counts = tl.where(judged - judged == 0.0, 1.0, 0.0)  # an infinity or NaN less itself is NaN
+    counts = tl.where(tl.abs(judged) < float("inf"), 1.0, 0.0)  # NaN is not below either
     factor = 1.0
     if CLIPS:
         factor = tl.minimum(clip_norm / (norm + 1e-6), 1.0)

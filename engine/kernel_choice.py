@@ -1,60 +1,70 @@
 """Which operations of kernels/ a run uses in place of torch's: what the recipe's `kernels` section says.
 
 `auto` uses an operation only where a measurement on a GPU, committed under benches/results/, has shown that it pays; MEASURED names those.
-Everything else stays torch's until then, and `on` is there for whoever wants to try.
+Everything else stays torch's until then, and `kernel` is there for whoever wants to try.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from ..kernels.frozen_linear import fp8_unsupported_reason
+from ..kernels.quantise_frozen import QuantiseError, quantise_frozen_
 from ..kernels.triton_support import triton_unsupported_reason
 from .models.causal import CausalLanguageModel
 from .models.llm import LanguageModel, ModelError
+from .models.tower import VisionTower
 from .recipe import Kernels, RecipeError
+from .runlog import RunLog
+from .runtime import Runtime
 
 MEASURED: frozenset[str] = frozenset()  # none yet: no GPU has run them
+INEXACT = frozenset({"frozen_linear"})
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One operation in this run: whether it is on, and why."""
+    """One operation in this run: whether it is on, whether it changes results beyond rounding, and why."""
 
     name: str
     on: bool
+    exact: bool
     why: str
 
 
-def use_kernels(llm: LanguageModel, asked: Kernels, device: torch.device) -> list[Choice]:
-    """Switch the operations of a language model on as the recipe asks; the model is on `device`.
+def use_kernels(asked: Kernels, llm: LanguageModel, tower: VisionTower, runtime: Runtime, log: RunLog) -> list[Choice]:
+    """Switch operations on as the recipe asks; models are on the device, and the run looks at `on` for what is not a model's.
 
     Raises RecipeError where one that is asked for by name cannot run.
     """
-    reasons = {
-        "prefix_attention": _prefix_attention_reason(llm, device),
-        "linear_cross_entropy": triton_unsupported_reason(device) or llm.fused_head_unsupported_reason(),
+    device = runtime.device
+    without_triton = triton_unsupported_reason(device)
+    # Operation -> why it cannot run (None where it can), and what switches it on.
+    operations: dict[str, tuple[str | None, Callable[[], None]]] = {
+        "frozen_linear": (
+            _fp8_reason(runtime),
+            lambda: _quantise(llm, tower, device, log),
+        ),  # first: the others see the new modules
+        "prefix_attention": (_prefix_attention_reason(llm, device), lambda: _attend_by_prefix(llm)),
+        "linear_cross_entropy": (without_triton or llm.fused_head_unsupported_reason(), lambda: _fuse_head(llm)),
+        "adamw_step": (without_triton, lambda: None),
     }
     choices = []
-    for name, reason in reasons.items():
+    for name, (reason, switch_on) in operations.items():
         setting = getattr(asked, name)
-        on = setting == "on" or (setting == "auto" and name in MEASURED and reason is None)
-        if on and name == "prefix_attention" and reason is None:
-            assert isinstance(llm, CausalLanguageModel)
+        on = setting == "kernel" or (setting == "auto" and name in MEASURED and reason is None)
+        if on and reason is None:
             try:
-                llm.use_prefix_attention()
-            except ModelError as error:
-                reason, on = str(error), setting == "on"
+                switch_on()
+            except (ModelError, QuantiseError) as error:
+                reason, on = str(error), setting == "kernel"
         if on and reason is not None:
-            raise RecipeError(f"kernels.{name}: expected auto or off here, got on: {reason}")
-        if on and name == "linear_cross_entropy":
-            llm.fuses_head = True
-        choices.append(
-            Choice(
-                name, on, f"kernels.{name} is {setting}" + ("" if on else f"; {reason or 'not measured on a GPU yet'}")
-            )
-        )
+            raise RecipeError(f"kernels.{name}: expected auto or torch here, got kernel: {reason}")
+        why = f"kernels.{name} is {setting}" + ("" if on else f"; {reason or 'not measured on a GPU yet'}")
+        choices.append(Choice(name, on, name not in INEXACT, why))
     return choices
 
 
@@ -62,3 +72,28 @@ def _prefix_attention_reason(llm: LanguageModel, device: torch.device) -> str | 
     if not isinstance(llm, CausalLanguageModel):
         return "an encoder-decoder has no packed rows"
     return llm.prefix_attention_unsupported_reason(device)
+
+
+def _attend_by_prefix(llm: LanguageModel) -> None:
+    assert isinstance(llm, CausalLanguageModel)
+    llm.use_prefix_attention()
+
+
+def _fuse_head(llm: LanguageModel) -> None:
+    llm.fuses_head = True
+
+
+def _fp8_reason(runtime: Runtime) -> str | None:
+    if runtime.device.type == "cpu":
+        return "the models are on the CPU, where FP8 is slower than float32"
+    return fp8_unsupported_reason(runtime.device)
+
+
+def _quantise(llm: LanguageModel, tower: VisionTower, device: torch.device, log: RunLog) -> None:
+    pixels = torch.zeros(1, 3, tower.image_size, tower.image_size, device=device, dtype=next(tower.parameters()).dtype)
+    for name, module, forward in (
+        ("language model", llm.model, llm.check_contract),
+        ("tower", tower.module, lambda: tower.features(pixels)),
+    ):
+        for line in quantise_frozen_(module, run=forward).lines():
+            log.say(f"{name}: {line}")

@@ -18,6 +18,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from ..kernels.adamw_step import adamw_step
 from . import outcome
 from .checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint, trainable_tensors
 from .data.captioned import open_captioned
@@ -32,7 +33,7 @@ from .kernel_choice import use_kernels
 from .models.tower import PixelNorm
 from .models.vision import load_tower
 from .models.vlm import VisionLanguageModel
-from .optim import build_adamw, clip_, learning_rate, set_learning_rate
+from .optim import build_adamw, learning_rate, set_learning_rate
 from .recipe import Stage, TransferRecipe, save_recipe
 from .runlog import RunLog, duration
 from .runtime import Runtime, start, stop
@@ -81,6 +82,7 @@ class Run:
     validator: Validator
     watch: Watch
     progress: Progress
+    fuses_adamw: bool = False
 
 
 def run(recipe: TransferRecipe) -> dict[str, Any]:
@@ -172,8 +174,8 @@ def _prepare(recipe: TransferRecipe, runtime: Runtime, log: RunLog, progress: Pr
     outcome.report_refusals(log, recipe.output.folder, val_data)
     data = join(sets)
     model.to(runtime.device)
-    choices = use_kernels(model.llm, recipe.kernels, runtime.device)
     tower.to(runtime.device, runtime.compute_dtype)
+    choices = use_kernels(recipe.kernels, model.llm, tower, runtime, log)
     common = {
         "seed": recipe.seed,
         "runtime": runtime,
@@ -196,7 +198,8 @@ def _prepare(recipe: TransferRecipe, runtime: Runtime, log: RunLog, progress: Pr
     watch = Watch(log, **progress.watch)
     _measure_converter(model, origins, validator, watch, log, recipe)
     return Run(
-        recipe, runtime, log, model, origins, data, subsets, features, tower.image_size, tower.norm, validator, watch, progress
+        recipe, runtime, log, model, origins, data, subsets, features, tower.image_size, tower.norm, validator, watch, progress,
+        fuses_adamw=any(c.on for c in choices if c.name == "adamw_step"),
     )  # fmt: skip
 
 
@@ -325,13 +328,10 @@ def _loop(
             )  # fmt: skip
             set_learning_rate(optimizer, rate)
             loss = _accumulate(this, update, batches, parameters)
-            norm = clip_(parameters, stage.optimizer.clip_norm)
-            bad = 1.0 - torch.isfinite(norm + loss).float()
-            optimizer.found_inf, optimizer.grad_scale = (
-                bad,
-                None,
-            )  # a fused AdamW leaves everything as it is where this is 1
-            optimizer.step()
+            result = adamw_step(
+                optimizer, stage.optimizer.clip_norm, loss, impl=None if this.fuses_adamw else "reference"
+            )
+            norm, bad = result.norm, result.skipped
             optimizer.zero_grad(set_to_none=True)
             skipped_in_a_row = (skipped_in_a_row + 1) * bad
             finite_loss = torch.nan_to_num(loss.double(), 0.0, 0.0, 0.0)

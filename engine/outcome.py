@@ -117,7 +117,7 @@ def print_savings(log: RunLog, recipe: TransferRecipe, model: VisionLanguageMode
             f"data.decode is {data.decode}"
             + (f"; {decoder_missing}" if data.decode == "fast" and decoder_missing else ""),
         ),
-        *((f"kernel: {choice.name.replace('_', ' ')}", choice.on, True, choice.why) for choice in kernels),
+        *((f"kernel: {choice.name.replace('_', ' ')}", choice.on, choice.exact, choice.why) for choice in kernels),
     ]
     table = Table(title="savings", title_justify="left")
     for column in ("saving", "on", "exact", "why"):

@@ -428,13 +428,20 @@ class _Recipe(_Section):
 class Kernels(_Section):
     """Operations of kernels/ in place of torch's; auto: those that were measured to pay on a GPU (none yet)."""
 
-    prefix_attention: Literal["auto", "on", "off"] = Field(
+    prefix_attention: Literal["auto", "kernel", "torch"] = Field(
         "auto",
-        description="attention to packed rows that skips what a caption does not see; off: sdpa behind a dense mask",
+        description="attention to packed rows that skips what a caption does not see; torch: sdpa behind a dense mask",
     )
-    linear_cross_entropy: Literal["auto", "on", "off"] = Field(
+    linear_cross_entropy: Literal["auto", "kernel", "torch"] = Field(
         "auto",
-        description="loss behind the frozen head by chunks, without all logits in memory; off: torch's cross-entropy",
+        description="loss behind the frozen head by chunks, without all logits in memory; torch: its cross-entropy",
+    )
+    adamw_step: Literal["auto", "kernel", "torch"] = Field(
+        "auto", description="norm, finite check, clipping and AdamW in three launches; torch: its fused AdamW"
+    )
+    frozen_linear: Literal["auto", "kernel", "torch"] = Field(
+        "auto",
+        description="frozen linears of tower and language model in FP8 (not exact; compute capability 9.0); torch: the compute dtype",
     )
 
 

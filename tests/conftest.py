@@ -1,4 +1,7 @@
-"""Shared fixtures: where the measuring data are, and a miniature of the miniature world that is real but quick."""
+"""Shared fixtures: where the measuring data are, and a miniature of the miniature world that is real but quick.
+
+The engine is imported where a fixture needs it: the tests of kernels run where only torch, Triton and transformers are.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -17,13 +21,11 @@ if not torch.cuda.is_available():
 
 import yaml
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
-from vpgtrans.engine.data.scenes import BACKGROUNDS, COLOURS, LANDMARKS, SHAPES, SIZES
-from vpgtrans.engine.models.causal import CausalLanguageModel
-from vpgtrans.engine.models.llm import LanguageModel
-from vpgtrans.engine.pretrain.tokenizer import train_word_level
 from vpgtrans.kernels.interpreter import mend
+
+if TYPE_CHECKING:
+    from vpgtrans.engine.models.llm import LanguageModel
 
 if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
     mend()
@@ -60,6 +62,10 @@ def measuring_data() -> Path:
 
 def _tiny_opt(tokenizer, *, width: int = 32, embedding_width: int | None = None, seed: int = 0) -> LanguageModel:
     """A random OPT in float32; another `embedding_width` gives OPT-350M's input and output projections."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    from vpgtrans.engine.models.causal import CausalLanguageModel
+
     torch.manual_seed(seed)
     config = OPTConfig(
         vocab_size=len(tokenizer), hidden_size=width, word_embed_proj_dim=embedding_width or width, ffn_dim=64, num_hidden_layers=2,
@@ -72,6 +78,10 @@ def _tiny_opt(tokenizer, *, width: int = 32, embedding_width: int | None = None,
 
 def _tiny_llama(tokenizer, *, width: int = 32, seed: int = 0) -> LanguageModel:
     """A random LLaMA with grouped keys and values in float32."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from vpgtrans.engine.models.causal import CausalLanguageModel
+
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -92,6 +102,8 @@ def _spread(model):
 
 @pytest.fixture(scope="session")
 def word_tokenizer():
+    from vpgtrans.engine.pretrain.tokenizer import train_word_level
+
     return train_word_level(WORDS)
 
 
@@ -113,9 +125,10 @@ def tiny_world(tmp_path_factory) -> Path:
     """A folder with scenes, a random tower, two random language models, a random VPG and a source run's model, all in their real formats."""
     from transformers import Blip2VisionConfig
 
-    from vpgtrans.engine.data.scenes import write_world
+    from vpgtrans.engine.data.scenes import BACKGROUNDS, COLOURS, LANDMARKS, SHAPES, SIZES, write_world
     from vpgtrans.engine.models.vision import eva_vit
     from vpgtrans.engine.models.vpg import VPG, save_parts
+    from vpgtrans.engine.pretrain.tokenizer import train_word_level
     from vpgtrans.engine.recipe import QFormerConfig
 
     root = tmp_path_factory.mktemp("tiny_world")

@@ -14,14 +14,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from vpgtrans.engine import kernel_choice
 from vpgtrans.engine.data.packing import CaptionData, Group, pack_update
-from vpgtrans.engine.kernel_choice import use_kernels
-from vpgtrans.engine.models import attention, causal
+from vpgtrans.engine.models import attention
 from vpgtrans.engine.models.attention import PREFIX, register_prefix_attention
 from vpgtrans.engine.models.causal import CausalLanguageModel
-from vpgtrans.engine.models.llm import ModelError
-from vpgtrans.engine.recipe import Kernels, RecipeError
 from vpgtrans.kernels.checks import assert_within_budget
 from vpgtrans.kernels.prefix_attention import dense_mask
 
@@ -178,35 +174,3 @@ def test_autocast_reaches_the_kernels(make_llm):
         got, gradient = loss_and_gradient(llm, batch)
     assert gradient.isfinite().all()
     assert abs(got - plain) < 2e-2 * plain
-
-
-def test_when_a_model_uses_prefix_attention(make_llm, monkeypatch):
-    """auto: not before it was measured; on: with a reason where it cannot run; its contract is checked through the kernels."""
-    llm, cpu = make_llm("llama"), torch.device("cpu")
-    monkeypatch.setattr(causal, "triton_unsupported_reason", lambda device: "compute capability 7.5")
-    found = {choice.name: choice for choice in use_kernels(llm, Kernels(), cpu)}
-    assert not found["prefix_attention"].on and "compute capability 7.5" in found["prefix_attention"].why
-    with pytest.raises(
-        RecipeError, match=r"kernels\.prefix_attention: expected auto or off here, got on: compute capability"
-    ):
-        use_kernels(llm, Kernels(prefix_attention="on"), cpu)
-    monkeypatch.setattr(causal, "triton_unsupported_reason", lambda device: None)
-    assert not use_kernels(llm, Kernels(), cpu)[0].on
-    monkeypatch.setattr(kernel_choice, "MEASURED", frozenset({"prefix_attention"}))
-    with monkeypatch.context() as broken:
-        fault = ModelError("tiny does not honour a prefix")
-        broken.setattr(llm, "check_contract", lambda: (_ for _ in ()).throw(fault))
-        assert "does not honour" in use_kernels(llm, Kernels(), cpu)[0].why
-        assert llm.model.config._attn_implementation == "sdpa"
-        with pytest.raises(RecipeError, match="does not honour"):
-            use_kernels(llm, Kernels(prefix_attention="on"), cpu)
-    assert not use_kernels(llm, Kernels(prefix_attention="off"), cpu)[0].on
-    assert use_kernels(llm, Kernels(), cpu)[0].on and llm.model.config._attn_implementation == PREFIX
-
-
-def test_the_fused_head_is_asked_for_by_name(make_llm):
-    llm = make_llm("opt")
-    found = {
-        choice.name: choice.on for choice in use_kernels(llm, Kernels(linear_cross_entropy="on"), torch.device("cpu"))
-    }
-    assert found == {"prefix_attention": False, "linear_cross_entropy": True} and llm.fuses_head

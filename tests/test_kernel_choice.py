@@ -1,0 +1,88 @@
+"""Which kernels a run uses: nothing unmeasured by itself, and a clear word where what was asked for cannot run."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from vpgtrans.engine import kernel_choice
+from vpgtrans.engine.kernel_choice import use_kernels
+from vpgtrans.engine.loop import run
+from vpgtrans.engine.models import causal
+from vpgtrans.engine.models.attention import PREFIX
+from vpgtrans.engine.models.llm import ModelError
+from vpgtrans.engine.recipe import Kernels, RecipeError, load_recipe
+from vpgtrans.engine.runtime import start, stop
+from vpgtrans.kernels.triton_support import is_interpreted
+
+
+@pytest.fixture
+def choose(make_llm):
+    """choose(llm, prefix_attention="on", ...) -> {name: Choice} on the CPU."""
+    runtime = start("cpu", "fp32", 1, 0)
+    yield lambda llm, **asked: {c.name: c for c in use_kernels(Kernels(**asked), llm, None, runtime, None)}
+    stop()
+
+
+def test_nothing_unmeasured_is_on_by_itself(make_llm, choose):
+    llm = make_llm("llama")
+    found = choose(llm)
+    assert set(found) == set(Kernels.model_fields)
+    assert not any(choice.on for choice in found.values()) and not llm.fuses_head
+    assert llm.model.config._attn_implementation == "sdpa"
+    assert not found["frozen_linear"].exact and found["adamw_step"].exact
+
+
+def test_when_a_model_uses_prefix_attention(make_llm, choose, monkeypatch):
+    """kernel: with a reason where it cannot run; auto, once measured: left out where it cannot; the contract is checked through the kernels."""
+    llm = make_llm("llama")
+    monkeypatch.setattr(causal, "triton_unsupported_reason", lambda device: "compute capability 7.5")
+    assert "compute capability 7.5" in choose(llm)["prefix_attention"].why
+    with pytest.raises(
+        RecipeError, match=r"kernels\.prefix_attention: expected auto or torch here, got kernel: compute capability"
+    ):
+        choose(llm, prefix_attention="kernel")
+    monkeypatch.setattr(causal, "triton_unsupported_reason", lambda device: None)
+    monkeypatch.setattr(kernel_choice, "MEASURED", frozenset({"prefix_attention"}))
+    with monkeypatch.context() as broken:
+        fault = ModelError("tiny does not honour a prefix")
+        broken.setattr(llm, "check_contract", lambda: (_ for _ in ()).throw(fault))
+        assert "does not honour" in choose(llm)["prefix_attention"].why
+        assert llm.model.config._attn_implementation == "sdpa"
+        with pytest.raises(RecipeError, match="does not honour"):
+            choose(llm, prefix_attention="kernel")
+    assert not choose(llm, prefix_attention="torch")["prefix_attention"].on
+    if is_interpreted():
+        assert choose(llm)["prefix_attention"].on and llm.model.config._attn_implementation == PREFIX
+
+
+def test_fp8_is_for_gpus(make_llm, choose):
+    with pytest.raises(RecipeError, match=r"kernels\.frozen_linear: .* on the CPU"):
+        choose(make_llm("llama"), frozen_linear="kernel")
+
+
+@pytest.mark.skipif(not is_interpreted(), reason="needs Triton's interpreter")
+def test_training_with_kernels_is_training(tiny_recipe, tmp_path):
+    """Attention, head and optimiser by the kernels, in the interpreter: the same losses within rounding as without."""
+    pytest.importorskip("triton")
+    short = [
+        "stages.0.pairs=11", "stages.1.pairs=11", "evaluation.generate_images=0", "data.row_tokens=64", "output.log_every_updates=1",
+        "stages.0.eval_every_pairs=11", "stages.1.eval_every_pairs=11", "evaluation.loss_images=1",
+    ]  # fmt: skip
+    names = ("prefix_attention", "linear_cross_entropy", "adamw_step")
+    run(load_recipe(tiny_recipe, short))
+    run(
+        load_recipe(
+            tiny_recipe, [*short, *(f"kernels.{n}=kernel" for n in names), f"output.folder={tmp_path / 'kernels'}"]
+        )
+    )
+
+    def losses(folder):
+        events = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+        return [e[k] for e in events for k in ("loss", "val_loss", "grad_norm") if k in e]
+
+    plain, ours = losses(tmp_path / "run"), losses(tmp_path / "kernels")
+    assert len(plain) >= 6 and torch.allclose(torch.tensor(ours), torch.tensor(plain), rtol=2e-4)
+    assert plain != ours, "the kernels did not run"

@@ -31,10 +31,10 @@ def _query_spans(segments_ptr, token, inside, tokens):
 def _key_blocks(prefix_start, prefix_stop, caption_start, token, tokens, BLOCK_KEYS: tl.constexpr):
     """The keys that any row of the block sees, as two ranges [far, far_stop) and [near, end), or one where that takes no more blocks."""
     end = tl.minimum(tl.max(token, 0) + 1, tokens)
-    near = tl.maximum(tl.min(caption_start, 0), 0)
+    near = tl.minimum(tl.maximum(tl.min(caption_start, 0), 0), end)
     far = tl.minimum(tl.maximum(tl.min(prefix_start, 0), 0), near)
     far_stop = tl.minimum(tl.maximum(tl.max(prefix_stop, 0), far), end)
-    near = tl.minimum(tl.maximum(near, far_stop), end)
+    # Ranges that overlap are never fewer blocks apart, so no key is met twice.
     apart = tl.cdiv(far_stop - far, BLOCK_KEYS) + tl.cdiv(end - near, BLOCK_KEYS)
     whole = tl.cdiv(end - far, BLOCK_KEYS)
     far_stop = tl.where(whole <= apart, end, far_stop)

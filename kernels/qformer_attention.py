@@ -14,10 +14,10 @@ Shapes: B images, Q queries, N image tokens of width W, D hidden width, H heads 
 
 Arithmetic, an image and a layer at Q, N, W, D, H = 32, 257, 1408, 768, 12, bf16, without W_q and W_o (the same in both):
 
-    formed   forward: K, V 1.11 GFLOP, attention 0.03; K and V move 2 x 0.79 MB          1.14 GFLOP,  2.4 MB
-             backward: dW_k, dW_v 1.11, attention 0.06; dE 1.11 more                     1.18 GFLOP,  3.2 MB
+    formed   forward: K, V 1.11 GFLOP, attention 0.03; K and V move 2 x 0.79 MB          1.14 GFLOP,  2.3 MB
+             backward: dW_k, dW_v 1.11, attention 0.06; dE 1.11 more                     1.18 GFLOP,  3.1 MB
     latents  forward: fold 0.07, scores 0.28, mix 0.28, unfold 0.07                      0.69 GFLOP,  5.3 MB
-             backward: fold 0.07, dP 0.28, dS E 0.28, dq, dW_k, dW_v 0.07 each; dE 0.63  0.83 GFLOP,  7.8 MB
+             backward: fold 0.07, dP 0.28, dS E 0.28, dq, dW_k, dW_v 0.07 each; dE 0.63  0.83 GFLOP,  7.4 MB
 
 What stays on chip: a block of 128 rows (4 heads) x 257 scores in registers (128 x 256 fp32 = half the register file).  What cannot: the folded
 queries and P E are R x W = 1.08 MB in bf16 against 227 KiB, and folding inside the kernel multiplies 32-row heads, half of a wgmma's 64, and has
@@ -25,10 +25,11 @@ every block fetch W_k and W_v anew (8.6 MB an image from L2 against 6.5).  So fo
 images, their operands pass through memory, and only scores, softmax, dropout and mix are a kernel.  P (0.2 MB) is saved instead of computed again,
 which would cost 0.28 GFLOP; so is P E for dW_v.
 
-When latents win (`choose_form`; the model is roofs, no measurement): always in FLOPs where H Q < D, that is fewer queries than d: 1.64x forward,
-1.5x with gradients of the weights.  So on the CPU, where FLOPs decide.  On a GPU of about 200 FLOPs a byte the traffic of folded operands eats
-this at 257 tokens (forward 0.9, with gradients 1.0 of formed's time); they win from about 500 tokens on, where K and V grow and the folded do not.
-With 64 queries of d = 64 they never do.  dE costs either form most and is never needed when only `ln_vision`'s affine trains: `fold_norm`.
+When latents win (`choose_form`: roofs, no measurement): in FLOPs where H Q < D, that is fewer queries than d: 1.64x forward, 1.5x with gradients
+of the weights at 32 of 64.  So on the CPU, where FLOPs decide.  A GPU has about 200 FLOPs a byte, and the traffic of the folded operands eats
+that: at 257 tokens and 32 queries latents take 0.92 of formed's time forward, 1.03 with gradients, 0.96 with dE too, so formed it is; with 16
+queries 0.5, and latents.  More tokens favour them (577: 0.76, but beyond 272 there is no kernel), 64 queries never.  The gradient of E costs most
+in either form and is not needed where only `ln_vision`'s affine trains: `fold_norm`.
 
 Idea: the reassociation is that of multi-head latent attention (arXiv 2405.04434), for image tokens.
 Bench: benches/bench_qformer_attention.py.
@@ -153,28 +154,40 @@ def qformer_attention_unsupported_reason(shape: AttentionShape, dtype: torch.dty
     return triton_unsupported_reason(device)
 
 
-def choose_form(
-    shape: AttentionShape, *, gradients: bool, image_gradient: bool, device: str = "cuda", margin: float = 0.9
-) -> Form:
-    """The form with the lower modelled time; latents only where below `margin` of formed's, because the model leaves launches out."""
-    cost = {form: form_cost(shape, form, gradients, image_gradient, device) for form in ("formed", "latents")}
-    return "latents" if cost["latents"] < margin * cost["formed"] else "formed"
-
-
 FLOPS_PER_BYTE = 200  # of a GPU: matmul rate over copy bandwidth, 790 TFLOP/s over about 4 TB/s on an H200
 TRITON_SHARE = 0.75  # of cuBLAS' rate, assumed for a Triton kernel of this kind; not measured
 
 
-def form_cost(shape: AttentionShape, form: Form, gradients: bool, image_gradient: bool, device: str = "cuda") -> float:
-    """Modelled cost of a form in FLOPs: a sum over its steps of the larger of FLOPs and bytes (16-bit) times the GPU's FLOPs a byte.
+def choose_form(
+    shape: AttentionShape, *, gradients: bool, image_gradient: bool, device: str = "cuda", margin: float = 0.9
+) -> Form:
+    """The form with the lower modelled cost; latents only where below `margin` of formed's, because the model leaves launches out.
 
-    gradients: of queries and weights.  On the CPU bytes count nothing.
+    gradients: of queries and weights; image_gradient: of E.  device: "cpu" (bytes count nothing there) or a GPU's kind.
+    """
+    if device != "cpu" and shape.keys > MAX_KEYS:
+        return "formed"  # no kernel to win with
+    balance, share = (0, 1) if device == "cpu" else (FLOPS_PER_BYTE, TRITON_SHARE)
+    formed, latents = (form_cost(shape, f, gradients, image_gradient, balance, share) for f in ("formed", "latents"))
+    return "latents" if latents < margin * formed else "formed"
+
+
+def form_cost(
+    shape: AttentionShape,
+    form: Form,
+    gradients: bool,
+    image_gradient: bool,
+    flops_per_byte: float,
+    triton_share: float = 1.0,
+) -> float:
+    """Modelled cost of a form in FLOPs: the sum over its steps of the larger of FLOPs and 16-bit bytes times `flops_per_byte`.
+
+    Without W_q and W_o, which both forms share.  triton_share: the Triton kernels' rate as a share of the other products'.
     """
     b, rows = shape.batch, shape.queries * shape.heads
-    balance = 0 if device == "cpu" else FLOPS_PER_BYTE
 
     def step(flops: float, elements: float, share: float = 1.0) -> float:
-        return max(flops / share, 2 * elements * balance)
+        return max(flops / share, 2 * elements * flops_per_byte)
 
     tokens, folded = b * shape.keys * shape.width, b * rows * shape.width
     pairs, formed = b * rows * shape.keys, b * shape.keys * 2 * shape.hidden
@@ -184,9 +197,8 @@ def form_cost(shape: AttentionShape, form: Form, gradients: bool, image_gradient
         if gradients or image_gradient:
             cost += step(2.5 * attention, 2 * formed)
         return cost + (gradients + image_gradient) * step(product, tokens + formed)
-    share = 1.0 if device == "cpu" else TRITON_SHARE
     fold = step(2 * b * shape.queries * shape.hidden * shape.width, folded)
-    kernel = step(4 * pairs * shape.width, 2 * folded + tokens + pairs, share)
+    kernel = step(4 * pairs * shape.width, 2 * folded + tokens + pairs, triton_share)
     cost = 2 * fold + kernel
     if gradients or image_gradient:
         cost += fold + kernel

@@ -28,6 +28,7 @@ from vpgtrans.kernels.qformer_latents import (
     mix_forward,
     padded_keys,
 )
+from vpgtrans.kernels.triton_support import log_fallback_once
 
 pytest.importorskip("triton")
 
@@ -295,9 +296,9 @@ def test_the_form_by_shape():
 
     assert chosen(device="cpu") == chosen(device="cpu", gradients=False) == "latents"
     assert chosen() == "formed", "folded operands pass through memory: no gain at 257 tokens"
-    assert chosen(keys=577) == "latents"
+    assert chosen(queries=16) == "latents" and chosen(queries=16, keys=577) == "formed", "no kernel beyond 272"
     assert chosen(queries=64) == chosen(queries=64, device="cpu") == "formed"
-    gflop = {form: form_cost(REAL, form, False, False, "cpu") / REAL.batch / 1e9 for form in ("formed", "latents")}
+    gflop = {form: form_cost(REAL, form, False, False, 0) / REAL.batch / 1e9 for form in ("formed", "latents")}
     assert gflop == pytest.approx({"formed": 1.137, "latents": 0.694}, abs=2e-3)
 
 
@@ -313,7 +314,7 @@ def test_launch_settings_and_pieces():
     assert launch_config(torch.float32, 90).block_rows == 32
 
 
-def test_reasons():
+def test_reasons(caplog):
     assert "272" in qformer_attention_unsupported_reason(AttentionShape(1, 32, 577, 64, 64, 2), torch.bfloat16, DEVICE)
     assert "float64" in qformer_attention_unsupported_reason(REAL, torch.float64, DEVICE)
     assert "65535" in qformer_attention_unsupported_reason(
@@ -326,6 +327,12 @@ def test_reasons():
     queries, image, weights = make(SHAPES["smallest"], torch.float64)
     with pytest.raises(RuntimeError, match=r"impl='triton' cannot run here: .*float64"):
         qformer_attention(queries, image, weights, 1, impl="triton")
+    log_fallback_once.cache_clear()
+    for _ in range(2):
+        qformer_attention(queries, image, weights, 1, form="latents")
+    assert [r.getMessage() for r in caplog.records] == [
+        "qformer_attention (latents) runs its torch reference: the kernels take bfloat16, float16 and float32, got torch.float64"
+    ]
 
 
 @pytest.mark.parametrize(

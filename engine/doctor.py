@@ -42,6 +42,16 @@ OPTIONAL = {
 }
 
 
+TRITON_OPERATIONS = (
+    "adamw_step",
+    "linear_cross_entropy",
+    "prefix_attention",
+    "projector_converter",
+    "prompt_assembly",
+    "qformer_attention",
+)
+
+
 def _gpu_or_cpu() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -56,7 +66,7 @@ OPERATIONS = {
             "triton",
             lambda: triton_unsupported_reason(_gpu_or_cpu()),
         )
-        for name in ("adamw_step", "linear_cross_entropy", "prefix_attention", "prompt_assembly")
+        for name in TRITON_OPERATIONS
     },
 }
 

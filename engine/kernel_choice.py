@@ -49,6 +49,7 @@ def use_kernels(asked: Kernels, llm: LanguageModel, tower: VisionTower, runtime:
             lambda: _quantise(llm, tower, device, log),
         ),  # first: the others see the new modules
         "prefix_attention": (_prefix_attention_reason(llm, device), lambda: _attend_by_prefix(llm)),
+        "prompt_assembly": (_prompt_assembly_reason(llm, device), lambda: _assemble(llm)),
         "linear_cross_entropy": (without_triton or llm.fused_head_unsupported_reason(), lambda: _fuse_head(llm)),
         "adamw_step": (without_triton, lambda: None),
     }
@@ -77,6 +78,17 @@ def _prefix_attention_reason(llm: LanguageModel, device: torch.device) -> str | 
 def _attend_by_prefix(llm: LanguageModel) -> None:
     assert isinstance(llm, CausalLanguageModel)
     llm.use_prefix_attention()
+
+
+def _prompt_assembly_reason(llm: LanguageModel, device: torch.device) -> str | None:
+    if not isinstance(llm, CausalLanguageModel):
+        return "an encoder-decoder has no packed rows"
+    return llm.prompt_assembly_unsupported_reason(device)
+
+
+def _assemble(llm: LanguageModel) -> None:
+    assert isinstance(llm, CausalLanguageModel)
+    llm.assembles_prompts = True
 
 
 def _fuse_head(llm: LanguageModel) -> None:

@@ -432,6 +432,10 @@ class Kernels(_Section):
         "auto",
         description="attention to packed rows that skips what a caption does not see; torch: sdpa behind a dense mask",
     )
+    prompt_assembly: Literal["auto", "kernel", "torch"] = Field(
+        "auto",
+        description="words and soft prompts written once into the packed rows; torch: a copy of the words, overwritten",
+    )
     linear_cross_entropy: Literal["auto", "kernel", "torch"] = Field(
         "auto",
         description="loss behind the frozen head by chunks, without all logits in memory; torch: its cross-entropy",

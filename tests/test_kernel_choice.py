@@ -58,6 +58,11 @@ def test_when_a_model_uses_prefix_attention(make_llm, choose, monkeypatch):
         assert choose(llm)["prefix_attention"].on and llm.model.config._attn_implementation == PREFIX
 
 
+def test_scaled_or_projected_words_are_not_assembled(make_llm, choose):
+    assert "projected" in choose(make_llm("opt-350m"))["prompt_assembly"].why
+    assert "not measured" in choose(make_llm("opt"))["prompt_assembly"].why
+
+
 def test_fp8_is_for_gpus(make_llm, choose):
     with pytest.raises(RecipeError, match=r"kernels\.frozen_linear: .* on the CPU"):
         choose(make_llm("llama"), frozen_linear="kernel")
@@ -71,7 +76,7 @@ def test_training_with_kernels_is_training(tiny_recipe, tmp_path):
         "stages.0.pairs=11", "stages.1.pairs=11", "evaluation.generate_images=0", "data.row_tokens=64", "output.log_every_updates=1",
         "stages.0.eval_every_pairs=11", "stages.1.eval_every_pairs=11", "evaluation.loss_images=1",
     ]  # fmt: skip
-    names = ("prefix_attention", "linear_cross_entropy", "adamw_step")
+    names = ("prefix_attention", "prompt_assembly", "linear_cross_entropy", "adamw_step")
     run(load_recipe(tiny_recipe, short))
     run(
         load_recipe(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ...kernels.prefix_attention import dense_mask
+from ...kernels.prompt_assembly import prompt_assembly
 from ...kernels.triton_support import triton_unsupported_reason
 from ..data.packing import Group, PackedBatch, TokenisedCaptions, pack_update
 from ..recipe import Generation
@@ -47,6 +48,8 @@ class ProjectedEmbedding(nn.Module):
 class CausalLanguageModel(LanguageModel):
     """A frozen decoder-only language model."""
 
+    assembles_prompts = False  # whether `kernels.prompt_assembly` puts words and soft prompts together
+
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str = ""):
         super().__init__(model, tokenizer, path)
         decoder = getattr(model.base_model, "decoder", None)
@@ -64,6 +67,13 @@ class CausalLanguageModel(LanguageModel):
         return self.model.base_model(
             inputs_embeds=inputs, position_ids=positions, attention_mask=mask, use_cache=False
         ).last_hidden_state
+
+    def prompt_assembly_unsupported_reason(self, device: torch.device) -> str | None:
+        """Why words and soft prompts cannot be put together by `kernels.prompt_assembly` on `device`; None where they can."""
+        table = self.model.get_input_embeddings()
+        if type(table) is not nn.Embedding:
+            return f"words come from a {type(table).__name__}: scaled or projected before the first block"
+        return triton_unsupported_reason(device)
 
     def packed_mask(self, segments: Tensor) -> Tensor:
         """segments (rows, tokens, 4) int32 of packed rows -> the mask that the model's attention takes."""
@@ -98,10 +108,14 @@ class CausalLanguageModel(LanguageModel):
         return pack_update(groups, data, queries, row_tokens, rows_per_batch, self.special.pad, fixed_shape)
 
     def loss_sum(self, prompts: Tensor, batch: PackedBatch) -> Tensor:
-        words = self.embed(batch.ids).flatten(0, 1)
-        inputs = words.index_copy(0, batch.visual_slots, prompts.flatten(0, 1)[batch.visual_source].to(words.dtype))
-        mask = self.packed_mask(batch.segments)
-        hidden = self.hidden_states(inputs.view(*batch.ids.shape, -1), batch.positions, mask)
+        if self.assembles_prompts:
+            table = self.model.get_input_embeddings().weight
+            inputs = prompt_assembly(batch.ids, table, prompts, batch.visual_slots, batch.visual_source)
+        else:
+            words = self.embed(batch.ids).flatten(0, 1)
+            prompt_rows = prompts.flatten(0, 1)[batch.visual_source].to(words.dtype)
+            inputs = words.index_copy(0, batch.visual_slots, prompt_rows).view(*batch.ids.shape, -1)
+        hidden = self.hidden_states(inputs, batch.positions, self.packed_mask(batch.segments))
         return self.cross_entropy_sum(hidden.flatten(0, 1)[batch.predict], batch.labels)
 
     @torch.no_grad()

@@ -11,7 +11,9 @@ PYTHON ?= python3.13 python3.12 python3.11 python3
 GPU_PYTHON ?= python3
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo flickr8k test lint bench gpu
+WHEELS ?= build/wheels
+GPU_OUT ?= runs/gpu
+.PHONY: help setup demo flickr8k test lint bench gpu gpu-wheels
 
 help:
 	@echo "make setup   install vpgtrans, editable, with everything it needs into $(VENV)/ (PYTHON=... names the interpreter)"
@@ -20,7 +22,8 @@ help:
 	@echo "make test    all quick tests (PYTEST_ARGS=... is handed on, such as '-m slow' or 'tests/test_x.py')"
 	@echo "make lint    ruff check and ruff format --check"
 	@echo "make bench   every benches/bench_*.py (BENCH_ARGS=... is handed on)"
-	@echo "make gpu     on a CUDA machine, without network: build for GPU_PYTHON (its own torch), run the gpu tests, the benches"
+	@echo "make gpu     on a CUDA machine, without network: build for GPU_PYTHON (its own torch), then tests and benches in parts (PART=...)"
+	@echo "make gpu-wheels  before that, with a network: the Python packages that such a machine may lack, into $(WHEELS)/"
 
 setup: $(STAMP)
 
@@ -46,15 +49,24 @@ lint: $(STAMP)
 bench: $(STAMP)
 	@set -e; for bench in benches/bench_*.py; do $(BIN)/python $$bench $(BENCH_ARGS); done
 
-# A folder beside the interpreter's own packages, so that its torch is used and its installation left as it is.
+# A folder beside the interpreter's own packages, so that its torch is used and its installation left as it is. Packages that it lacks
+# (pydantic; peers such as flash-attn) come from $(WHEELS)/, which `make gpu-wheels` fills where there is a network.
 gpu:
 	@$(GPU_PYTHON) -c 'import torch; assert torch.cuda.is_available(), "torch sees no GPU"' || \
 		{ echo "make gpu: $(GPU_PYTHON) needs torch and a CUDA device; GPU_PYTHON=... names another interpreter" >&2; exit 1; }
-	rm -rf build/gpu
-	$(GPU_PYTHON) -m pip install --disable-pip-version-check -q --no-index --no-build-isolation --no-deps --target build/gpu .
-	@# pytest ends with 5 where no test is marked gpu.
-	PYTHONPATH=build/gpu $(GPU_PYTHON) -P -m pytest -m gpu $(PYTEST_ARGS) || [ $$? -eq 5 ]
-	@set -e; for bench in benches/bench_*.py; do PYTHONPATH=build/gpu $(GPU_PYTHON) $$bench $(BENCH_ARGS); done
+	@if [ ! -f build/gpu/.built ]; then \
+		rm -rf build/gpu; \
+		$(GPU_PYTHON) -m pip install --disable-pip-version-check -q --no-index --no-build-isolation --no-deps --target build/gpu . && \
+		if ls $(WHEELS)/*.whl >/dev/null 2>&1; then \
+			$(GPU_PYTHON) -m pip install --disable-pip-version-check -q --no-index --no-deps --target build/gpu $(WHEELS)/*.whl; \
+		fi && touch build/gpu/.built; \
+	fi
+	PYTHONPATH=build/gpu $(GPU_PYTHON) -P benches/gpu.py --out $(GPU_OUT) $(if $(PART),--part $(PART)) $(GPU_ARGS)
+
+gpu-wheels: $(STAMP)
+	$(BIN)/python -m pip download --disable-pip-version-check -q --no-deps --only-binary :all: --python-version 3.12 \
+		--platform manylinux2014_x86_64 --platform manylinux_2_17_x86_64 --platform any -c constraints.txt -d $(WHEELS) \
+		pydantic pydantic_core annotated-types typing-inspection
 
 # Made anew where its Python is gone, or where the folder was moved or copied: it would still run the old tree.
 VENV_ROOT := $(shell $(BIN)/python -c '' 2>/dev/null && cat $(VENV)/.root)

@@ -1,0 +1,235 @@
+"""Everything that needs a GPU, in parts: correctness first, then time. What `make gpu` runs once the package is built.
+
+    python benches/gpu.py --out DIR [--part NAME ...] [--redo] [--limit-s 480]
+
+Parts, the most telling first: the machine (what was built, copy bandwidth, matmul rates), then for each operation of kernels/ its tests on the
+GPU and, only if they pass, its bench at the recipes' shapes; last the miniature world for some hundred updates in float32, bf16, bf16 with our
+kernels, and FP8, whose loss curves are compared. Each part is a process with a time limit and leaves DIR/PART.json; a part that is there and
+ended well is passed over, so that a run that was cut off goes on. A table is printed last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+# Most telling first: what the LLM's and the ViT's time hangs on, then the Q-Former, then what is small.
+OPERATIONS = (
+    "prefix_attention", "linear_cross_entropy", "frozen_linear", "qformer_attention", "adamw_step", "prompt_assembly", "projector_converter",
+)  # fmt: skip
+PARTS = ("machine", *OPERATIONS, "training")
+MORE_TESTS = {
+    "prefix_attention": ["tests/test_prefix_interface.py"],
+    "frozen_linear": ["tests/test_quantise_frozen.py"],
+}
+KERNELS = ("prefix_attention", "prompt_assembly", "linear_cross_entropy", "adamw_step")
+ARMS = {
+    "fp32": ["precision=fp32"],
+    "bf16": ["precision=bf16"],
+    "bf16 with kernels": ["precision=bf16", *(f"kernels.{name}=kernel" for name in KERNELS)],
+    "fp8 with kernels": ["precision=bf16", *(f"kernels.{name}=kernel" for name in (*KERNELS, "frozen_linear"))],
+}
+TRAINING = [
+    "device=cuda", "stages.0.pairs=1280", "stages.1.pairs=11008", "stages.1.eval_every_pairs=1376", "evaluation.generate_images=50",
+    "evaluation.loss_images=100",
+]  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/gpu"), metavar="DIR", help="one JSON file a part; default: %(default)s"
+    )
+    parser.add_argument(
+        "--part", nargs="+", choices=PARTS, default=list(PARTS), metavar="NAME", help=f"of {', '.join(PARTS)}"
+    )
+    parser.add_argument("--redo", action="store_true", help="also parts that ended well before")
+    parser.add_argument(
+        "--limit-s", type=int, default=480, metavar="S", help="time limit of a part; default: %(default)s"
+    )
+    parser.add_argument(
+        "--rehearse", action="store_true", help="without a GPU: go through all parts as far as that is possible"
+    )
+    options = parser.parse_args()
+    if not torch.cuda.is_available() and not options.rehearse:
+        print(
+            "gpu.py: expected a CUDA device, torch sees none; --rehearse goes through the parts without one",
+            file=sys.stderr,
+        )
+        return 2
+    options.out.mkdir(parents=True, exist_ok=True)
+    failed = []
+    for part in options.part:
+        path = options.out / f"{part}.json"
+        if path.is_file() and json.loads(path.read_text()).get("ok") and not options.redo:
+            print(f"{part}: done before, {path}", flush=True)
+            continue
+        began = time.monotonic()
+        result = _run_part(part, options.out, began + options.limit_s)
+        result = {
+            "part": part,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": round(time.monotonic() - began, 1),
+            **result,
+        }
+        path.write_text(json.dumps(result, indent=1) + "\n")
+        print(
+            f"{part}: {'ok' if result['ok'] else 'FAILED, see ' + str(options.out / (part + '.log'))} in {result['seconds']:.0f} s",
+            flush=True,
+        )
+        failed += [] if result["ok"] else [part]
+    _print_table(options.out)
+    return 1 if failed else 0
+
+
+def _run_part(part: str, out: Path, deadline: float) -> dict[str, Any]:
+    if part == "machine":
+        return _machine(out, deadline)
+    if part == "training":
+        return _training(out, deadline)
+    tests = [f"tests/test_{part}.py", *MORE_TESTS.get(part, [])]
+    log = out / f"{part}.log"
+    code = _call([sys.executable, "-P", "-m", "pytest", "-q", "-x", *tests], log, deadline)
+    if code != 0:
+        return {"ok": False, "tests": code, "bench": "not run: the tests failed", "end_of_log": _tail(log)}
+    bench = out / f"bench_{part}.json"
+    code = _call([sys.executable, f"benches/bench_{part}.py", "--out", str(bench.resolve())], log, deadline)
+    found = json.loads(bench.read_text()) if bench.is_file() else None
+    return {
+        "ok": code == 0 and found is not None,
+        "tests": 0,
+        "bench": found,
+        "end_of_log": None if code == 0 else _tail(log),
+    }
+
+
+def _call(command: list[str], log: Path, deadline: float) -> int:
+    """Exit code, 124 past the deadline; output is added to `log`."""
+    left = deadline - time.monotonic()
+    with log.open("ab") as file:
+        file.write(f"$ {' '.join(command)}\n".encode())
+        file.flush()
+        try:
+            return subprocess.run(
+                command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=max(1.0, left), check=False
+            ).returncode
+        except subprocess.TimeoutExpired:
+            return 124
+
+
+def _tail(log: Path) -> str:
+    return log.read_text(errors="replace")[-2000:]
+
+
+def _machine(out: Path, deadline: float) -> dict[str, Any]:
+    """What is there and how fast it can be at best; `vpgtrans plan` reads device, copy_gb_s and matmul_tflops_bf16."""
+    code = _call([sys.executable, "-P", "-m", "vpgtrans.engine.cli", "doctor"], out / "machine.log", deadline)
+    about: dict[str, Any] = {"ok": code == 0, "torch": torch.__version__, "device": "cpu"}
+    if not torch.cuda.is_available():
+        return about
+    about["device"] = torch.cuda.get_device_name()
+    about["copy_gb_s"] = _copy_gb_s()
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    about["matmul_tflops_bf16"] = round(2 * 8192**3 / _seconds(lambda: a @ b) / 1e12, 1)
+    if torch.cuda.get_device_capability() >= (9, 0):
+        scale_a, scale_b = torch.ones(8192, 1, device="cuda"), torch.ones(1, 8192, device="cuda")
+        a8, b8 = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).t()
+        multiply = lambda: torch._scaled_mm(a8, b8, scale_a, scale_b, out_dtype=torch.bfloat16)  # noqa: E731
+        about["matmul_tflops_fp8_rowwise"] = round(2 * 8192**3 / _seconds(multiply) / 1e12, 1)
+    return about
+
+
+def _copy_gb_s() -> float:
+    source = torch.empty(1 << 31, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return round(2 * source.numel() / _seconds(lambda: target.copy_(source)) / 1e9, 1)
+
+
+def _seconds(run: Any, repeats: int = 15) -> float:
+    """Median of single runs by CUDA events, after three that are not counted."""
+    times = []
+    for number in range(repeats + 3):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        if number >= 3:
+            times.append(start.elapsed_time(end) / 1e3)
+    return sorted(times)[len(times) // 2]
+
+
+def _training(out: Path, deadline: float) -> dict[str, Any]:
+    """The demo's parts on the CPU, then its VPGTrans arm on the GPU in each precision."""
+    log, vpgtrans = out / "training.log", [sys.executable, "-P", "-m", "vpgtrans.engine.cli"]
+    parts = [
+        ["scenes", "artifacts/demo/world", "--train=3000", "--source=3000", "--val=200", "--text=8000"],
+        *(["pretrain", kind, f"recipes/demo/{name}.yaml"] for kind, name in (
+            ("vision", "vision"), ("lm", "lm_source"), ("lm", "lm_target"), ("vpg", "vpg"))),
+        ["train", "recipes/demo/source.yaml"],
+    ]  # fmt: skip
+    made = [
+        ROOT / "artifacts" / "demo" / name
+        for name in ("world", "vision", "lm_source", "lm_target", "vpg", "source/summary.json")
+    ]
+    for command, folder in zip(parts, made, strict=True):
+        if not folder.exists() and (code := _call([*vpgtrans, *command], log, deadline)) != 0:
+            return {"ok": False, "failed": command, "code": code, "end_of_log": _tail(log)}
+    arms: dict[str, Any] = {}
+    training = TRAINING if torch.cuda.is_available() else [t for t in TRAINING if t != "device=cuda"]
+    for name, overrides in ARMS.items():
+        folder = (out / "training" / name.replace(" ", "_")).resolve()
+        command = [*vpgtrans, "train", "recipes/demo.yaml", *training, *overrides, f"output.folder={folder}"]
+        code = _call(command, log, deadline)
+        arms[name] = {"code": code, **(_curve(folder) if code == 0 else {"end_of_log": _tail(log)})}
+    return {"ok": all(arm["code"] == 0 for arm in arms.values()), "arms": arms}
+
+
+def _curve(folder: Path) -> dict[str, Any]:
+    events = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    summary = json.loads((folder / "summary.json").read_text())
+    speeds = [e["pairs_per_s"] for e in events if "pairs_per_s" in e]
+    return {
+        "validation_loss": [[e["pairs"], round(e["val_loss"], 4)] for e in events if e["event"] == "eval"],
+        "pairs_per_s_median": sorted(speeds)[len(speeds) // 2] if speeds else None,
+        "cider": summary.get("cider"),
+    }
+
+
+def _print_table(out: Path) -> None:
+    print(f"\n{'part':22} {'ok':6} {'seconds':>8}  result")
+    for part in PARTS:
+        path = out / f"{part}.json"
+        if not path.is_file():
+            print(f"{part:22} {'-':6}")
+            continue
+        found = json.loads(path.read_text())
+        told = {
+            k: found[k]
+            for k in ("device", "copy_gb_s", "matmul_tflops_bf16", "matmul_tflops_fp8_rowwise")
+            if k in found
+        }
+        if part == "training":
+            told = {
+                n: arm["validation_loss"][-1][1]
+                for n, arm in found.get("arms", {}).items()
+                if arm.get("validation_loss")
+            }
+        print(
+            f"{part:22} {'yes' if found['ok'] else 'NO':6} {found['seconds']:8.1f}  {told or (out / f'bench_{part}.json').name}"
+        )
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.exit(main())

@@ -42,7 +42,7 @@ class Watch:
             self.log.warn(
                 "stage_1_diverges",
                 f"loss {loss:.3f} against {self.first_loss:.3f} at the start, learning rate {learning_rate:g}; "
-                "lower the rate, check the projector's widths, or set converter.match_prompt_norm",
+                "lower the rate, check the projector's widths, or leave converter.match_prompt_norm on",
                 value=loss / self.first_loss, step=step,
             )  # fmt: skip
 

@@ -319,7 +319,8 @@ class Converter(_Section):
     sgd_steps: Positive = 2000
     sgd_batch_tokens: Positive = 4096
     match_prompt_norm: bool = Field(
-        False, description="scale the merged projector so that soft prompts keep their norm relative to words"
+        True,
+        description="scale the merged projector so that soft prompts keep their norm relative to words, which a ridge shrinks (docs/RESULTS.md)",
     )
 
 

@@ -17,7 +17,7 @@ from ..models.tower import VisionTower
 from ..models.vlm import VisionLanguageModel
 from ..recipe import Stage, TransferRecipe
 from .devices import RESERVED_BYTES, Device
-from .trace import NOTHING, Cost, Setting, trace_llm, trace_tower, trace_vpg
+from .trace import NOTHING, Cost, Operation, Setting, trace_llm, trace_tower, trace_vpg
 from .workload import SetShape, Workload, simulate
 
 TOWER, VPG_, PROJECTOR, BLOCKS, HEAD, OPTIMISER = (
@@ -76,7 +76,7 @@ def stage_costs(
     vpg, projector = trace_vpg(model.vpg, model.projector, images, tower.tokens, setting)
     features = images * tower.tokens * tower.width * itemsize
     if recipe.data.vision_cache:
-        encoding = Cost({(0, 2 * features, False): 1.0})
+        encoding = Cost({Operation("plain", 0, 2 * features): 1.0})
     else:
         encoding = trace_tower(tower, images, setting) if with_tower else NOTHING
     tensors = trainable_tensors(model)
@@ -105,7 +105,9 @@ def _optimiser(trainable: int, tensors: int, micro_batches: float) -> Cost:
     """AdamW reads weights, gradients and two moments and writes three of them; the norm reads gradients; micro-batches add to them."""
     size = max(1, trainable // tensors)
     adding = max(0.0, micro_batches - 1)
-    return Cost({(0, 32 * trainable, True): 1.0, (0, 12 * size, True): adding * tensors})
+    return Cost(
+        {Operation("plain", 0, 32 * trainable, True): 1.0, Operation("plain", 0, 12 * size, True): adding * tensors}
+    )
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ def estimate(costs: StageCosts, pairs: int, device: Device, gpus: int, cache_bui
     parts, host_bound = {}, False
     batches = costs.workload.micro_batches
     for part, cost in costs.update.items():
-        on_device = sum(n * device.operation_seconds(flops, moved) for (flops, moved, _), n in cost.operations.items())
+        on_device = device.seconds(cost)
         issuing = cost.count * device.operation_s
         host_bound = host_bound or (part == BLOCKS and device.overlaps and issuing > on_device)
         parts[part] = max(on_device, issuing) if device.overlaps else on_device + issuing

@@ -21,9 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from .options import GPUS
+from .trace import Cost, Operation, count_operations
 
 RESULTS = Path(__file__).resolve().parents[2] / "benches" / "results"
 EFFICIENCY = 0.7  # of the peaks, in a large product and in a large copy
@@ -55,28 +57,42 @@ DEVICES = {
 }
 
 
+Points = tuple[tuple[float, float], ...]  # (size, rate at that size)
+
+
 @dataclass(frozen=True)
 class Device:
-    """Achieved rates as (size, rate) points, FLOPs -> FLOP/s and bytes -> bytes/s, between which the logarithm of the size decides."""
+    """Achieved rates by size: FLOP/s of products and of attention, bytes/s of functions (GELU, softmax, norms) and of everything else.
+
+    Between two sizes the logarithm of the size decides.
+    """
 
     name: str
     title: str
     memory_bytes: float
-    matmul_rates: tuple[tuple[float, float], ...]
-    copy_rates: tuple[tuple[float, float], ...]
+    matmul_rates: Points
+    attention_rates: Points
+    copy_rates: Points
+    function_rates: Points
     operation_s: float
     link_bytes_s: float
     peak_flops_s: float | None
     origin: str
     overlaps: bool  # operations are issued ahead of the device, so the slower of the two counts
 
-    def operation_seconds(self, flops: float, moved: float) -> float:
-        """Of one operation on the device: the longer of its products and its memory traffic."""
-        products = flops / _rate(self.matmul_rates, flops) if flops else 0.0
-        return max(products, moved / _rate(self.copy_rates, moved) if moved else 0.0)
+    def operation_seconds(self, operation: Operation) -> float:
+        """On the device: the longer of its FLOPs and its memory traffic."""
+        flops, moved = operation.flops, operation.moved
+        products = self.attention_rates if operation.kind == "attention" else self.matmul_rates
+        traffic = self.function_rates if operation.kind == "function" else self.copy_rates
+        return max(flops / _rate(products, flops) if flops else 0.0, moved / _rate(traffic, moved) if moved else 0.0)
+
+    def seconds(self, cost: Cost) -> float:
+        """Of all operations of a part, without issuing them."""
+        return sum(n * self.operation_seconds(operation) for operation, n in cost.operations.items())
 
 
-def _rate(points: tuple[tuple[float, float], ...], size: float) -> float:
+def _rate(points: Points, size: float) -> float:
     for (low, slow), (high, fast) in itertools.pairwise(points):
         if size < high:
             share = min(1.0, max(0.0, math.log(max(size, 1.0) / low) / math.log(high / low)))
@@ -85,8 +101,9 @@ def _rate(points: tuple[tuple[float, float], ...], size: float) -> float:
 
 
 def find_device(
-    name: str, dtype: torch.dtype, efficiency: float | None = None, results: Path = RESULTS, threads: int | None = None
-) -> Device:
+    name: str, dtype: torch.dtype, efficiency: float | None = None, results: Path = RESULTS, threads: int | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Device:  # fmt: skip
     """The device of a plan.
 
     Args:
@@ -95,6 +112,7 @@ def find_device(
         efficiency: share of the peaks to reckon with, in place of anything measured; none for the CPU.
         results: folder with result files.
         threads: of a process on the CPU.
+        clock: seconds by which the CPU is measured.
 
     Raises:
         ValueError: an unknown name, an efficiency outside 0 to 1, or a result file that does not fit its schema.
@@ -104,7 +122,7 @@ def find_device(
     if name == "cpu":
         if efficiency is not None:
             raise ValueError("--efficiency: expected none for --gpu cpu, which is measured; leave it out")
-        return measure_cpu(dtype, threads)
+        return measure_cpu(dtype, threads, clock)
     if name not in DEVICES:
         raise ValueError(f"--gpu: expected one of {', '.join(GPUS)}, got {name!r}")
     sheet = DEVICES[name]
@@ -121,8 +139,9 @@ def find_device(
         share = efficiency or EFFICIENCY
         products, copies = share * peak, share * 1e9 * sheet.memory_gb_s
         origin = f"assumed: {share:.0%} of the peaks in the {sheet.source}"
+    compute, traffic = ((1.0, products),), ((1.0, copies),)
     return Device(
-        name, sheet.title, 1e9 * sheet.memory_gb, ((1.0, products),), ((1.0, copies),), 1e-6 * operation_us, 1e9 * sheet.link_gb_s, peak,
+        name, sheet.title, 1e9 * sheet.memory_gb, compute, compute, traffic, traffic, 1e-6 * operation_us, 1e9 * sheet.link_gb_s, peak,
         origin, True,
     )  # fmt: skip
 
@@ -148,49 +167,81 @@ def measured(name: str, results: Path = RESULTS) -> dict[str, Any] | None:
     return latest
 
 
-def measure_cpu(dtype: torch.dtype, threads: int | None = None) -> Device:
-    """This machine, with the threads of one process: products and copies of a few sizes, and what one operation costs in Python."""
+def measure_cpu(
+    dtype: torch.dtype, threads: int | None = None, clock: Callable[[], float] = time.perf_counter
+) -> Device:
+    """This machine under its present load, with the threads of one process: rates at a few sizes, and what an operation costs in Python."""
     before = torch.get_num_threads()
     if threads:
         torch.set_num_threads(threads)
     try:
-        products = []
-        for side in (32, 96, 256, 768):
-            a, b = torch.randn(side, side, dtype=dtype), torch.randn(side, side, dtype=dtype)
-            products.append((2.0 * side**3, 2.0 * side**3 / _seconds(lambda a=a, b=b: a @ b)))
-        copies = []
-        for size in (2**14, 2**18, 2**22, 2**26):
-            x = torch.randn(size // 8)
-            copies.append((float(size), size / _seconds(lambda x=x: x * 1.5)))
-        operation_s = _operation_seconds()
+        products = _points(
+            clock, dtype, (32, 96, 256, 768), lambda a: lambda: a @ a, lambda n: (n, n), lambda n: 2.0 * n**3
+        )
+        copies = _points(
+            clock, dtype, (2**11, 2**15, 2**19, 2**22), lambda x: lambda: x * 1.5, lambda n: (n,), _traffic(dtype)
+        )
+        functions = _points(
+            clock, dtype, (2**11, 2**15, 2**19), lambda x: lambda: F.gelu(x), lambda n: (n,), _traffic(dtype)
+        )
+        attention = _points(
+            clock, dtype, (32, 128), _attention, lambda n: (4, 4, n, 32), lambda n: 2.0 * 7 * 4 * 4 * n * n * 32
+        )  # forward two products, backward five
+        operation_s = _operation_seconds(clock)
         used = torch.get_num_threads()
     finally:
         torch.set_num_threads(before)
     memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     rates = f"products {products[-1][1] / 1e9:.0f} GFLOP/s, copies {copies[-1][1] / 1e9:.1f} GB/s, {operation_s * 1e6:.0f} us an operation"
     origin = f"measured now, {used} thread(s): {rates}"
-    return Device("cpu", "this CPU", memory, tuple(products), tuple(copies), operation_s, 1e9, None, origin, False)
+    return Device(
+        "cpu", "this CPU", memory, products, attention, copies, functions, operation_s, 1e9, None, origin, False
+    )
 
 
-def _seconds(run: Callable[[], Any], budget_s: float = 0.08) -> float:
-    """Best of several runs within the budget: others use the machine too."""
+def _points(
+    clock: Callable[[], float], dtype: torch.dtype, sizes: tuple[int, ...], make: Callable[[Tensor], Callable[[], Any]],
+    shape: Callable[[int], tuple[int, ...]], amount: Callable[[int], float],
+) -> Points:  # fmt: skip
+    """(amount, amount a second) at each size; amount: FLOPs or bytes of one run."""
+    found = []
+    for size in sizes:
+        run = make(torch.randn(shape(size), dtype=dtype))
+        found.append((amount(size), amount(size) / _seconds(run, clock)))
+    return tuple(found)
+
+
+def _traffic(dtype: torch.dtype) -> Callable[[int], float]:
+    return lambda values: 2.0 * values * dtype.itemsize
+
+
+def _attention(x: Tensor) -> Callable[[], Any]:
+    """Forward and backward behind a mask, as in packed rows."""
+    query = x.clone().requires_grad_()
+    mask = torch.ones(x.shape[0], 1, x.shape[2], x.shape[2], dtype=torch.bool).tril()
+
+    def run() -> None:
+        F.scaled_dot_product_attention(query, query, query, mask).backward(x)
+
+    return run
+
+
+def _seconds(run: Callable[[], Any], clock: Callable[[], float], budget_s: float = 0.06) -> float:
+    """The mean over the budget: what others take of the machine, they take of a run too."""
     run()
-    best, end = math.inf, time.perf_counter() + budget_s
-    while time.perf_counter() < end or best == math.inf:
-        start = time.perf_counter()
+    runs, start = 0, clock()
+    while runs == 0 or clock() - start < budget_s:
         run()
-        best = min(best, time.perf_counter() - start)
-    return best
+        runs += 1
+    return (clock() - start) / runs
 
 
-def _operation_seconds() -> float:
+def _operation_seconds(clock: Callable[[], float]) -> float:
     """Of an operation so small that only issuing it counts, forward and backward through modules."""
-    from .trace import count_operations
-
     model = nn.Sequential(*(m for _ in range(4) for m in (nn.LayerNorm(8), nn.Linear(8, 8), nn.GELU())))
     x = torch.randn(4, 8)
 
     def step() -> None:
         model(x).sum().backward()
 
-    return _seconds(step, 0.15) / count_operations(step)
+    return _seconds(step, clock, 0.15) / count_operations(step)

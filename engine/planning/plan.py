@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,9 +24,12 @@ TOKEN_BYTES = 2  # in a token table
 
 
 def plan_recipe(
-    recipe: TransferRecipe, gpu: str, gpus: int, price: float | None = None, efficiency: float | None = None, with_switches: bool = True
+    recipe: TransferRecipe, gpu: str, gpus: int, price: float | None = None, efficiency: float | None = None, with_switches: bool = True,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Any]:  # fmt: skip
     """Plan a recipe; sizes in bytes, times in seconds or hours, money in the unit of `price` (of one GPU for one hour).
+
+    clock: seconds by which the CPU is measured.
 
     Raises:
         ValueError: an unknown device, fewer than one, a negative price, an efficiency outside 0 to 1; ModelError, CheckpointError,
@@ -39,7 +44,7 @@ def plan_recipe(
 
     def device_of(dtype: torch.dtype) -> Device:
         if dtype not in devices:
-            devices[dtype] = find_device(gpu, dtype, efficiency, threads=recipe.threads)
+            devices[dtype] = find_device(gpu, dtype, efficiency, threads=recipe.threads, clock=clock)
         return devices[dtype]
 
     if gpu != "cpu" or efficiency is not None:
@@ -127,7 +132,7 @@ def _tower_of_update(plan: Plan, costs: StageCosts) -> Cost:
 
 
 def _tower_seconds(tower: Cost, device: Device) -> float:
-    on_device = sum(n * device.operation_seconds(flops, moved) for (flops, moved, _), n in tower.operations.items())
+    on_device = device.seconds(tower)
     issuing = tower.count * device.operation_s
     return max(on_device, issuing) if device.overlaps else on_device + issuing
 

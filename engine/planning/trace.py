@@ -12,7 +12,7 @@ import copy
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -49,24 +49,40 @@ _FREE = {
 }  # fmt: skip
 
 
+# Of elementwise operations and reductions, those that compute more than a sum or a product a value.
+_FUNCTIONS = (
+    "silu", "gelu", "sigmoid", "tanh", "exp", "pow", "rsqrt", "_softmax", "_log_softmax", "native_layer_norm", "native_dropout",
+    "bernoulli", "where", "masked_fill",
+)  # fmt: skip
+
+
+class Operation(NamedTuple):
+    """What decides an operation's time: its kind, its FLOPs, the bytes that it reads and writes; and whether it is of the backward pass."""
+
+    kind: Literal["product", "attention", "function", "plain"]
+    flops: int
+    moved: int
+    backward: bool = False
+
+
 @dataclass(frozen=True)
 class Cost:
-    """operations: (FLOPs, bytes read and written, whether it belongs to the backward pass) -> how many; saved: bytes kept for backward."""
+    """operations: how many of each; saved: bytes kept for the backward pass."""
 
-    operations: dict[tuple[int, int, bool], float]
+    operations: dict[Operation, float]
     saved: float = 0.0
 
     @property
     def flops(self) -> float:
-        return sum(n * flops for (flops, _, _), n in self.operations.items())
+        return sum(n * o.flops for o, n in self.operations.items())
 
     @property
     def backward_flops(self) -> float:
-        return sum(n * flops for (flops, _, backward), n in self.operations.items() if backward)
+        return sum(n * o.flops for o, n in self.operations.items() if o.backward)
 
     @property
     def moved_bytes(self) -> float:
-        return sum(n * moved for (_, moved, _), n in self.operations.items())
+        return sum(n * o.moved for o, n in self.operations.items())
 
     @property
     def count(self) -> float:
@@ -295,7 +311,7 @@ class _Recorder(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.operations: dict[tuple[int, int, bool], float] = {}
+        self.operations: dict[Operation, float] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -307,9 +323,18 @@ class _Recorder(TorchDispatchMode):
         read = [] if name in _LOOK_UPS else tree_leaves((args, kwargs))
         written = tree_leaves(out)
         moved = sum(_bytes(t) for t in (*read, *written) if isinstance(t, Tensor)) * (2 if name in _LOOK_UPS else 1)
-        key = (_flops(func, name, args, kwargs, out), moved, backward)
+        flops = _flops(func, name, args, kwargs, out)
+        key = Operation(_kind(name, flops), flops, moved, backward)
         self.operations[key] = self.operations.get(key, 0.0) + 1.0
         return out
+
+
+def _kind(name: str, flops: int) -> Literal["product", "attention", "function", "plain"]:
+    if "scaled_dot_product" in name:
+        return "attention"
+    if flops:
+        return "product"
+    return "function" if name.startswith(_FUNCTIONS) else "plain"
 
 
 def _bytes(tensor: Tensor) -> int:

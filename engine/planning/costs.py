@@ -17,7 +17,7 @@ from ..models.tower import VisionTower
 from ..models.vlm import VisionLanguageModel
 from ..recipe import Stage, TransferRecipe
 from .devices import RESERVED_BYTES, Device
-from .trace import NOTHING, Cost, Operation, Setting, trace_llm, trace_tower, trace_vpg
+from .trace import NOTHING, Cost, Operation, Setting, cast_bytes, trace_llm, trace_tower, trace_vpg
 from .workload import SetShape, Workload, simulate
 
 TOWER, VPG_, PROJECTOR, BLOCKS, HEAD, OPTIMISER = (
@@ -81,11 +81,7 @@ def stage_costs(
         encoding = trace_tower(tower, images, setting) if with_tower else NOTHING
     tensors = trainable_tensors(model)
     trainable = sum(p.numel() for p in tensors.values())
-    casts = [
-        m.weight.numel()
-        for m in (*model.vpg.modules(), model.projector)
-        if isinstance(m, nn.Linear) and m.weight.requires_grad
-    ]
+    casts = cast_bytes(model.vpg, setting) + cast_bytes(model.projector, setting)
     vocabulary = int(config.vocab_size)
     widest = max((max(m.in_features, m.out_features) for m in tower.modules() if isinstance(m, nn.Linear)), default=0)
     return StageCosts(
@@ -94,7 +90,7 @@ def stage_costs(
             TOWER: encoding * per_image, VPG_: vpg * per_image, PROJECTOR: projector * per_image, BLOCKS: blocks * per_token,
             HEAD: head * (load.targets / load.batch.target_count), OPTIMISER: _optimiser(trainable, len(tensors), load.micro_batches),
         },
-        trainable, vpg.saved + projector.saved + blocks.saved + head.saved, itemsize * sum(casts) if itemsize < 4 else 0,
+        trainable, vpg.saved + projector.saved + blocks.saved + head.saved, casts,
         # The gradient of the logits, in float32 and in the compute dtype.
         load.batch.target_count * vocabulary * (4 + (itemsize if itemsize < 4 else 0)),
         0 if recipe.data.vision_cache else images * tower.tokens * (4 * itemsize * widest + 8 * tower.width), model.queries,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -24,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from transformers import PreTrainedModel
 
-from ..data.packing import Batch
+from ..data.packing import Batch, PackedBatch
 from ..models.causal import CausalLanguageModel, fold_input_projection
 from ..models.llm import LanguageModel
 from ..models.seq2seq import Seq2SeqLanguageModel
@@ -97,6 +98,14 @@ class Cost:
     def __mul__(self, factor: float) -> Cost:
         return Cost({key: n * factor for key, n in self.operations.items()}, self.saved * factor)
 
+    def resized(self, factor: float, constant: float = 0.0) -> Cost:
+        """The same operations on `factor` times as much; constant: saved bytes that do not grow."""
+        sizes: dict[Operation, float] = {}
+        for o, n in self.operations.items():
+            key = o._replace(flops=round(o.flops * factor), moved=round(o.moved * factor))
+            sizes[key] = sizes.get(key, 0.0) + n
+        return Cost(sizes, constant + (self.saved - constant) * factor)
+
 
 NOTHING = Cost({})
 
@@ -116,42 +125,62 @@ class Setting:
 
 _KNOWN: dict[str, tuple[Cost, Cost]] = {}  # traces of this process: a plan asks for the same one again for every switch
 
+_TARGETS: dict[str, int] = {}  # supervised positions of the micro-batch that was traced
+
 
 def trace_tower(tower: VisionTower, images: int, setting: Setting) -> Cost:
     """The frozen tower's forward pass over `images` images; nothing is kept."""
+    near = _near(images, setting)
 
     def run(part: VisionTower, _: Callable[[Tensor], Tensor]) -> None:
-        pixels = torch.empty(images, 3, part.image_size, part.image_size, dtype=setting.compute_dtype)
+        pixels = torch.empty(near, 3, part.image_size, part.image_size, dtype=setting.compute_dtype)
         part.features(pixels)
 
-    key = _key("tower", type(tower.module).__name__, tower, [images], setting)
+    key = _key("tower", type(tower.module).__name__, tower, [near], setting)
     blocks, rest = _traced(tower, run, setting, key, setting.compute_dtype)
-    return blocks + rest
+    return (blocks + rest).resized(images / near)
+
+
+def _near(images: int, setting: Setting) -> int:
+    """For GPUs a power of two near the number of images, so that stages, recipes and switches share traces; their operations are large."""
+    return 2 ** round(math.log2(images)) if setting.on_gpu else images
+
+
+def cast_bytes(module: nn.Module, setting: Setting) -> int:
+    """Of the copies of trained weights that autocast keeps through a micro-batch."""
+    itemsize = setting.compute_dtype.itemsize
+    trained = [m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad]
+    return itemsize * sum(trained) if itemsize < 4 else 0
 
 
 def trace_vpg(vpg: VPG, projector: nn.Linear, images: int, image_tokens: int, setting: Setting) -> tuple[Cost, Cost]:
     """(VPG, projector) over `images` images, frozen and in the mode that the modules are in; backward as far as anything trains."""
     trains = any(p.requires_grad for p in vpg.parameters())
     width, queries = vpg.config.hidden_size, vpg.config.num_query_tokens
+    near = _near(images, setting)
 
     def run(part: VPG, _: Callable[[Tensor], Tensor]) -> None:
-        features = torch.empty(images, image_tokens, part.image_width, dtype=setting.compute_dtype)
+        features = torch.empty(near, image_tokens, part.image_width, dtype=setting.compute_dtype)
         with setting.autocast():
             made = part(features)
         if trains:
             made.backward(torch.empty_like(made))
 
     def project(part: nn.Linear, _: Callable[[Tensor], Tensor]) -> None:
-        prompts = torch.empty(images, queries, width).requires_grad_(trains)
+        prompts = torch.empty(near, queries, width).requires_grad_(trains)
         with setting.autocast():
             made = part(prompts)
         made.backward(torch.empty_like(made))
 
-    shape = [images, image_tokens, trains, vpg.training]
+    shape = [near, image_tokens, trains, vpg.training]
     key = _key("vpg", vpg.config.model_dump_json(), vpg, shape, setting)
     blocks, rest = _traced(vpg, run, setting, key, None, every=vpg.config.cross_attention_frequency)
     key = _key("projector", "", projector, shape, setting)
-    return blocks + rest, _traced(projector, project, setting, key, None)[1]
+    made = _traced(projector, project, setting, key, None)[1]
+    factor = images / near
+    return (blocks + rest).resized(factor, cast_bytes(vpg, setting)), made.resized(
+        factor, cast_bytes(projector, setting)
+    )
 
 
 def trace_llm(model: PreTrainedModel, batch: Batch, queries: int, setting: Setting) -> tuple[Cost, Cost]:
@@ -165,9 +194,15 @@ def trace_llm(model: PreTrainedModel, batch: Batch, queries: int, setting: Setti
             loss = adapter.loss_sum(prompts, _moved(batch, fake))
         loss.backward()
 
-    shape = [(name, list(t.shape)) for name, t in vars(batch).items() if isinstance(t, Tensor)]
+    # Rows of one shape differ only in how many positions are supervised, which the head is in proportion to.
+    if isinstance(batch, PackedBatch):
+        shape = [list(batch.ids.shape)]
+    else:
+        shape = [(name, list(t.shape)) for name, t in vars(batch).items() if isinstance(t, Tensor)]
     key = _key("llm", json.dumps(model.config.to_diff_dict(), default=str), model, [*shape, queries], setting)
-    return _traced(model, run, setting, key, setting.compute_dtype)
+    blocks, head = _traced(model, run, setting, key, setting.compute_dtype)
+    traced = _TARGETS.setdefault(key, batch.target_count)
+    return blocks, head if traced == batch.target_count else head * (batch.target_count / traced)
 
 
 def without_tokenizer(model: PreTrainedModel) -> LanguageModel:

@@ -216,7 +216,7 @@ def test_blocks_are_extrapolated_exactly(name, monkeypatch):
 def test_vl_llama_costs_what_the_design_says():
     """One caption an image: ViT-g 0.52 TFLOP (0.5207), Q-Former 0.04 (0.0383), language model 1.2, so 13.8 M pairs are about 25 EFLOP.
 
-    The language model comes to 1.30: rows of 512 tokens take 11 pairs of 45, at best, and their attention is computed densely, which the
+    The language model comes to 1.25: rows of 512 tokens take 11 pairs of 45, at best, and their attention is computed densely, which the
     figure of 4 FLOP a weight and token leaves out.
     """
     alone = make_plan(recipe_of("vl_llama", "data.captions_per_image=1"), with_tower=True).stages[1].costs
@@ -268,7 +268,10 @@ def test_memory_is_what_a_run_holds(tiny_recipe):
 
 
 def test_speed_of_a_tiny_run(tiny_recipe, tmp_path, monkeypatch, capsys):
-    """`--gpu cpu` against the engine's own loop, both in seconds of this process, which others' load does not stretch."""
+    """`--gpu cpu` against the engine's own loop, both in seconds of this process, which others' load stretches little.
+
+    The aim is 25 %; seen on a loaded machine: 0.72 to 1.10.
+    """
     monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=time.process_time))
     settings = [
         "stages.0.eval_every_pairs=null",
@@ -292,7 +295,7 @@ def test_speed_of_a_tiny_run(tiny_recipe, tmp_path, monkeypatch, capsys):
     ratios = {s["name"]: s["pairs_per_s"] / real[s["name"]] for s in found["stages"]}
     with capsys.disabled():
         print(f" [planned over real pairs/s: {', '.join(f'{n} {r:.2f}' for n, r in ratios.items())}]", end="")
-    assert all(0.5 < r < 2.0 for r in ratios.values()), ratios
+    assert all(0.6 < r < 1.67 for r in ratios.values()), ratios
 
 
 @pytest.mark.parametrize("name", FULL_SIZE)

@@ -7,6 +7,8 @@ import importlib.metadata
 import sys
 from collections.abc import Sequence
 
+from .planning.options import HELP as PLAN_HELP
+
 EXIT_USAGE = 2
 
 
@@ -19,14 +21,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .report import main as report
 
         return report(arguments[1:])
-    options = parser.parse_args(arguments)
-    if options.command is None:
+    options = None if arguments[:1] == ["plan"] else parser.parse_args(arguments)
+    if options is not None and options.command is None:
         parser.print_help()
         return EXIT_USAGE
     from .recipe import RecipeError
 
     try:
-        return options.run(options)
+        return _plan(arguments[1:]) if options is None else options.run(options)
     except RecipeError as error:
         print(f"recipe error: {error}", file=sys.stderr)
         return EXIT_USAGE
@@ -79,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--jobs", type=int, default=None, help="jobs side by side; default: one a core, at most 4")
     demo.set_defaults(run=_demo)
     _score_command(commands)
+    commands.add_parser("plan", help=PLAN_HELP)
     commands.add_parser(
         "report", help="one HTML page of a run or several: vpgtrans report RUN... --out report.html --reference tfs"
     )
@@ -238,6 +241,12 @@ def _train(options: argparse.Namespace) -> int:
     from .train import main as train
 
     return train([options.recipe, *options.overrides, *(["--dry-run"] if options.dry_run else [])])
+
+
+def _plan(arguments: list[str]) -> int:
+    from .planning.command import main as plan
+
+    return plan(arguments)
 
 
 def _caption(options: argparse.Namespace) -> int:

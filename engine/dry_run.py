@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from rich.table import Table
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 
-from .checkpoint import CheckpointError, trainable_tensors
+from .checkpoint import CheckpointError
 from .data.coco import read_image_data
 from .models.llm import ModelError, attention_of
 from .models.sources import describe_source
@@ -30,22 +29,16 @@ from .models.tower import VisionTower
 from .models.vision import build_tower_on_meta
 from .models.vlm import VisionLanguageModel
 from .models.vpg import VPG
+from .planning.costs import StageCosts, compute_setting, stage_costs
+from .planning.workload import SetShape, local_tokenizer, set_shape
 from .recipe import WEIGHT_SUFFIXES, QFormerConfig, RecipeError, Stage, TransferRecipe, missing_files
 
 GIB = 2**30
-CAPTION_TOKENS = 13  # of a COCO caption, BOS and newline counted
-ANSWER_TOKENS = 160  # of a conversation's answer at most, as in the authors' code
+ACTIVATIONS_ITEM, WORKING_ITEM = "activations kept for backward", "working memory (estimate)"
 ACTIVATIONS = (
-    "Activations: what is kept for the backward pass of one micro-batch of row_tokens x rows_per_micro_batch tokens, with captions of "
-    f"{CAPTION_TOKENS} tokens, one an image (answers of {ANSWER_TOKENS} in conversations).  With c bytes a value in the compute dtype:\n"
-    "  language model   tokens x (c x (outputs of its linear layers, gates once more) + 4 x widths of its norms), + tokens x row x 6 x heads "
-    "a layer where attention is eager\n"
-    "  head             text tokens x vocabulary x (2c + 8)\n"
-    "  Q-Former         where it trains: tokens x c x (inputs + outputs of its linear layers) + 4 x widths of its norms; keys and values "
-    "of the image count its tokens\n"
-    "  casts            c x what trains (autocast keeps its casts through a micro-batch)\n"
-    "or the widest moment of the tower, images x tokens x (4c x widest layer + 8 x width), where that is more.  "
-    "An estimate: the CUDA context, fragmentation and beam search come on top."
+    "Activations are what one micro-batch keeps for its backward pass: the engine's own code was run on tensors without data and asked.\n"
+    "Working memory is the gradient of the logits, or, where that is more, what the widest moment of the tower takes beyond the activations.\n"
+    "The CUDA context, fragmentation and beam search come on top."
 )
 
 
@@ -65,6 +58,7 @@ class StagePlan:
     pairs: int
     updates: int
     memory: dict[str, int]
+    costs: StageCosts
 
 
 @dataclass
@@ -75,6 +69,7 @@ class Plan:
     model: VisionLanguageModel
     parts: list[Part]
     stages: list[StagePlan]
+    shapes: dict[str, SetShape] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
@@ -89,8 +84,8 @@ def dry_run(recipe: TransferRecipe) -> Plan:
     return plan
 
 
-def make_plan(recipe: TransferRecipe) -> Plan:
-    """The plan of a recipe; raises as `dry_run`."""
+def make_plan(recipe: TransferRecipe, with_tower: bool = False) -> Plan:
+    """The plan of a recipe; raises as `dry_run`.  with_tower: count what the tower's forward pass costs too."""
     compute_dtype = torch.float32 if recipe.precision == "fp32" or recipe.device == "cpu" else torch.bfloat16
     if recipe.precision == "bf16":
         compute_dtype = torch.bfloat16
@@ -115,14 +110,17 @@ def make_plan(recipe: TransferRecipe) -> Plan:
         projector = nn.Linear(qformer.hidden_size, int(llm.config.hidden_size))
         model = VisionLanguageModel(vpg, projector, llm)  # type: ignore[arg-type]  # counted, never called
     parts = _parts(recipe, tower, model, source)
+    tokenizer = local_tokenizer(recipe)
+    used = {n for s in recipe.stages for n in s.data or [e.name for e in recipe.data.train]}
+    shapes = {e.name: set_shape(e, recipe, tokenizer) for e in recipe.data.train if e.name in used}
+    setting = compute_setting(recipe, compute_dtype)
     stages = []
     for index, stage in enumerate(recipe.stages):
-        model.freeze_for(stage.trains, stage.frozen_dropout)
-        trainable = sum(p.numel() for p in trainable_tensors(model).values())
         pairs = stage.pairs or _pairs_of_epochs(recipe, index)
-        memory = _memory(recipe, stage, tower, model, trainable, compute_dtype.itemsize)
-        stages.append(StagePlan(stage, trainable, pairs, -(-pairs // stage.batch_pairs), memory))
-    return Plan(recipe, compute_dtype, tower, model, parts, stages, notes)
+        costs = stage_costs(recipe, stage, tower, model, shapes, setting, with_tower=with_tower)
+        memory = _memory(tower, model, costs, compute_dtype.itemsize)
+        stages.append(StagePlan(stage, costs.trainable, pairs, -(-pairs // stage.batch_pairs), memory, costs))
+    return Plan(recipe, compute_dtype, tower, model, parts, stages, shapes, notes)
 
 
 def language_model_on_meta(recipe: TransferRecipe, notes: list[str] | None = None) -> PreTrainedModel:
@@ -228,11 +226,10 @@ def _pairs_of_epochs(recipe: TransferRecipe, index: int) -> int:
     return round(stage.epochs * total)
 
 
-def _memory(
-    recipe: TransferRecipe, stage: Stage, tower: VisionTower, model: VisionLanguageModel, trainable: int, c: int
-) -> dict[str, int]:
-    """Bytes on one GPU, each part of which is whole on each GPU; c: bytes of a value in the compute dtype."""
+def _memory(tower: VisionTower, model: VisionLanguageModel, costs: StageCosts, c: int) -> dict[str, int]:
+    """Bytes on one GPU, each part of which is whole on each GPU, for a model frozen as in the stage; c: bytes of a value in the compute dtype."""
     frozen_vpg = sum(p.numel() for p in model.vpg.parameters() if not p.requires_grad)
+    kept, trainable = round(costs.kept_bytes), costs.trainable
     return {
         "frozen weights: vision tower, compute dtype": c * tower.parameter_count,
         "frozen weights: language model, compute dtype": c * _parameter_count(model.llm),
@@ -240,68 +237,9 @@ def _memory(
         "what trains: master weights, float32": 4 * trainable,
         "gradients, float32": 4 * trainable,
         "AdamW moments, 2 x float32": 8 * trainable,
-        "activations (estimate)": activation_bytes(recipe, stage, tower, model, c),
+        ACTIVATIONS_ITEM: kept,
+        WORKING_ITEM: round(costs.activation_bytes) - kept,
     }
-
-
-def activation_bytes(
-    recipe: TransferRecipe, stage: Stage, tower: VisionTower, model: VisionLanguageModel, c: int
-) -> int:
-    """The estimate that `ACTIVATIONS` states, in bytes, for a model frozen as in `stage`; c: bytes of a value in the compute dtype."""
-    queries, tokens = model.queries, recipe.data.row_tokens * recipe.data.rows_per_micro_batch
-    chosen = [e for e in recipe.data.train if e.name in (stage.data or [e.name])]
-    talks = [e.max_text_tokens or ANSWER_TOKENS for e in chosen if e.style == "conversation"]
-    text = max(talks, default=CAPTION_TOKENS)
-    llm, config = model.llm, model.llm.config
-    if config.is_encoder_decoder:
-        images = max(1, tokens // (queries + text))
-        sides = [(llm.get_encoder(), images * queries), (llm.get_decoder(), images * text)]
-    else:
-        images = recipe.data.rows_per_micro_batch * max(1, recipe.data.row_tokens // (queries + text))
-        sides = [(llm.base_model, tokens)]
-    kept = sum(n * (c * _linear_outputs(m) + 4 * _norm_widths(m, config.num_attention_heads)) for m, n in sides)
-    if attention_of(config) == "eager":
-        layers = config.num_hidden_layers
-        kept += sum(n * layers * config.num_attention_heads * (queries + text) * 6 for _, n in sides)
-    kept += images * text * config.vocab_size * (2 * c + 8)
-    trains_vpg = any(p.requires_grad for p in model.vpg.parameters())
-    if trains_vpg:
-        kept += images * _vpg_bytes(model.vpg, tower.tokens, c)
-    kept += c * sum(p.numel() for p in trainable_tensors(model).values())
-    widest = max((max(m.in_features, m.out_features) for _, m in _linears(tower)), default=0)
-    return max(kept, images * tower.tokens * (4 * c * widest + 8 * tower.width))
-
-
-def _linears(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    return ((name, m) for name, m in module.named_modules() if isinstance(m, nn.Linear))
-
-
-def _linear_outputs(module: nn.Module) -> int:
-    """Values a token; the product of a gate (LLaMA's and T5's names) is one more of its width."""
-    total = 0
-    for name, linear in _linears(module):
-        total += linear.out_features
-        if name.endswith(("gate_proj", "wi_0")):
-            total += linear.out_features
-        elif name.endswith("gate_up_proj"):
-            total += linear.out_features // 2
-    return total
-
-
-def _norm_widths(module: nn.Module, heads: int) -> int:
-    """Values a token; a norm much narrower than the widest is of one head (Qwen3)."""
-    norms = (m for m in module.modules() if type(m).__name__.endswith("Norm"))
-    widths = [m.weight.numel() for m in norms if getattr(m, "weight", None) is not None]
-    return sum(w * heads if w * heads <= 2 * max(widths) else w for w in widths)
-
-
-def _vpg_bytes(vpg: VPG, image_tokens: int, c: int) -> int:
-    """Of one image: inputs and outputs of the Q-Former's linear layers, and the inputs of its norms."""
-    queries, total = vpg.config.num_query_tokens, 4 * image_tokens * vpg.image_width
-    for name, linear in _linears(vpg.qformer):
-        reads_image = "crossattention" in name and name.endswith(("key", "value"))
-        total += c * (image_tokens if reads_image else queries) * (linear.in_features + linear.out_features)
-    return total + 4 * queries * _norm_widths(vpg.qformer, vpg.config.num_attention_heads)
 
 
 def _print(plan: Plan) -> None:

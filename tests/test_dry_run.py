@@ -10,15 +10,12 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-import torch
 import yaml
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from vpgtrans.engine import dry_run as module
 from vpgtrans.engine.cli import main
 from vpgtrans.engine.dry_run import Plan, make_plan
-from vpgtrans.engine.models.vpg import VPG
-from vpgtrans.engine.recipe import QFormerConfig, Vision, load_recipe
+from vpgtrans.engine.recipe import Vision, load_recipe
 from vpgtrans.engine.train import main as train_main
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -120,7 +117,7 @@ def test_vl_llama_memory_by_hand():
         assert memory["what trains: master weights, float32"] == 4 * trained
         assert memory["gradients, float32"] == 4 * trained
         assert memory["AdamW moments, 2 x float32"] == 8 * trained
-    assert warm_up["activations (estimate)"] < direct["activations (estimate)"]
+    assert 0 < warm_up[module.ACTIVATIONS_ITEM] < direct[module.ACTIVATIONS_ITEM]
     fp32 = plan_of("vl_llama", "precision=fp32")
     assert fp32.stages[0].memory["frozen weights: language model, compute dtype"] == 4 * 6_738_415_616
 
@@ -238,54 +235,3 @@ def test_epochs_that_cannot_be_counted_name_the_stage(capsys):
 def test_without_the_flag_files_are_still_asked_for(capsys):
     assert main(["train", str(RECIPES / "vl_llama.yaml")]) == 2
     assert "VPGTRANS_DATA" in capsys.readouterr().err
-
-
-def saved_bytes(parameters, forward) -> int:
-    """Bytes that autograd keeps for a backward pass, storages counted once, parameters left out."""
-    own = {p.untyped_storage().data_ptr() for p in parameters}
-    kept: list[torch.Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        output = forward()
-    found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
-    assert output.requires_grad
-    return sum(size for place, size in found.items() if place not in own)
-
-
-@pytest.mark.parametrize(
-    "sizes",
-    [
-        {"model_type": "llama", "intermediate_size": 688},
-        {"model_type": "qwen3", "intermediate_size": 768, "num_key_value_heads": 2, "head_dim": 32},
-        {"model_type": "opt", "word_embed_proj_dim": 256, "ffn_dim": 1024},
-    ],
-    ids=lambda s: s["model_type"],
-)
-def test_activations_of_language_models_against_autograd(sizes):
-    """The formula against what autograd really keeps, on the CPU."""
-    config = AutoConfig.for_model(
-        **sizes, vocab_size=64, hidden_size=256, num_hidden_layers=2, num_attention_heads=8, attn_implementation="sdpa"
-    )
-    body = AutoModelForCausalLM.from_config(config).to(torch.bfloat16).eval().requires_grad_(False).base_model
-    inputs = torch.randn(2, 64, 256, dtype=torch.bfloat16, requires_grad=True)
-    mask = torch.ones(2, 1, 64, 64, dtype=torch.bool).tril()
-    positions = torch.arange(64).expand(2, -1)
-
-    def forward() -> torch.Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            more = {"position_ids": positions, "attention_mask": mask, "use_cache": False}
-            return body(inputs_embeds=inputs, **more).last_hidden_state
-
-    estimate = 128 * (2 * module._linear_outputs(body) + 4 * module._norm_widths(body, 8))
-    assert 0.7 < saved_bytes(body.parameters(), forward) / estimate < 1.3
-
-
-def test_activations_of_the_vpg_against_autograd():
-    vpg = VPG(QFormerConfig(hidden_size=96, num_attention_heads=3, intermediate_size=384, num_hidden_layers=4), 176)
-    features = torch.randn(3, 65, 176, dtype=torch.bfloat16)
-
-    def forward() -> torch.Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            return vpg.train()(features)
-
-    estimate = 3 * module._vpg_bytes(vpg, 65, 2) + 2 * sum(p.numel() for p in vpg.parameters())
-    assert 0.7 < saved_bytes(vpg.parameters(), forward) / estimate < 1.4

@@ -45,6 +45,14 @@ class ProjectedEmbedding(nn.Module):
         return self.project_in(self.embedding(ids))
 
 
+def fold_input_projection(model: PreTrainedModel) -> None:
+    """Put OPT-350M's input projection behind its word embedding; leaves every other model, and one that has it there, as it is."""
+    decoder = getattr(model.base_model, "decoder", None)
+    if getattr(decoder, "project_in", None) is not None:
+        decoder.embed_tokens = ProjectedEmbedding(decoder.embed_tokens, decoder.project_in)
+        decoder.project_in = None
+
+
 class CausalLanguageModel(LanguageModel):
     """A frozen decoder-only language model."""
 
@@ -52,10 +60,7 @@ class CausalLanguageModel(LanguageModel):
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str = ""):
         super().__init__(model, tokenizer, path)
-        decoder = getattr(model.base_model, "decoder", None)
-        if getattr(decoder, "project_in", None) is not None:
-            decoder.embed_tokens = ProjectedEmbedding(decoder.embed_tokens, decoder.project_in)
-            decoder.project_in = None
+        fold_input_projection(model)
 
     def hidden_states(self, inputs: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         """inputs (rows, tokens, W), positions (rows, tokens) int64, mask (rows, 1, tokens, tokens) bool or what `packed_mask` gives ->

@@ -1,0 +1,26 @@
+"""The arguments of `vpgtrans plan`; imports nothing heavy, so that a mistake shows at once."""
+
+from __future__ import annotations
+
+import argparse
+
+GPUS = ("h200", "h100", "a100-40g", "a100-80g", "4090", "cpu")
+HELP = "what a recipe would take on named GPUs: memory, hours, money, and which switch saves most"
+
+
+def parser() -> argparse.ArgumentParser:
+    """Options and `section.key=value` may come in any order."""
+    made = argparse.ArgumentParser(prog="vpgtrans plan", description=HELP)
+    made.add_argument("recipe")
+    made.add_argument("overrides", nargs="*", metavar="section.key=value")
+    made.add_argument(
+        "--gpu", required=True, choices=GPUS, help="datasheet or measured rates; cpu: this machine, measured now"
+    )
+    made.add_argument(
+        "--gpus", type=int, default=1, metavar="N", help="data parallel, every part whole on each; default: 1"
+    )
+    made.add_argument("--price-per-gpu-hour", type=float, metavar="X", help="in any currency")
+    made.add_argument("--efficiency", type=float, metavar="SHARE", help="of the peaks; default: measured, or 0.7")
+    made.add_argument("--no-switches", action="store_true", help="leave out the table of switches, which takes longest")
+    made.add_argument("--json", action="store_true")
+    return made

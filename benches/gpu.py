@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 
+from vpgtrans.engine.planning.devices import DEVICES
+
 ROOT = Path(__file__).resolve().parents[1]
 # Most telling first: what the LLM's and the ViT's time hangs on, then the Q-Former, then what is small.
 OPERATIONS = (
@@ -132,15 +134,18 @@ def _tail(log: Path) -> str:
 
 
 def _machine(out: Path, deadline: float) -> dict[str, Any]:
-    """What is there and how fast it can be at best; `vpgtrans plan` reads device, copy_gb_s and matmul_tflops_bf16."""
+    """What is there and how fast it can be at best; committed under benches/results/, it is what `vpgtrans plan` reckons with."""
     code = _call([sys.executable, "-P", "-m", "vpgtrans.engine.cli", "doctor"], out / "machine.log", deadline)
-    about: dict[str, Any] = {"ok": code == 0, "torch": torch.__version__, "device": "cpu"}
+    about: dict[str, Any] = {"ok": code == 0, "torch": torch.__version__, "bench": "device", "device": "cpu"}
     if not torch.cuda.is_available():
         return about
-    about["device"] = torch.cuda.get_device_name()
+    title = torch.cuda.get_device_name()
+    about |= {"device": next((name for name in DEVICES if name.upper() in title.upper()), title), "title": title}
     about["copy_gb_s"] = _copy_gb_s()
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     about["matmul_tflops_bf16"] = round(2 * 8192**3 / _seconds(lambda: a @ b) / 1e12, 1)
+    wide_a, wide_b = a.float(), b.float()
+    about["matmul_tflops_fp32"] = round(2 * 8192**3 / _seconds(lambda: wide_a @ wide_b) / 1e12, 1)
     if torch.cuda.get_device_capability() >= (9, 0):
         scale_a, scale_b = torch.ones(8192, 1, device="cuda"), torch.ones(1, 8192, device="cuda")
         a8, b8 = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).t()

@@ -22,8 +22,6 @@ from typing import Any
 
 import torch
 
-from vpgtrans.engine.planning.devices import DEVICES
-
 ROOT = Path(__file__).resolve().parents[1]
 # Most telling first: what the LLM's and the ViT's time hangs on, then the Q-Former, then what is small.
 OPERATIONS = (
@@ -140,7 +138,7 @@ def _machine(out: Path, deadline: float) -> dict[str, Any]:
     if not torch.cuda.is_available():
         return about
     title = torch.cuda.get_device_name()
-    about |= {"device": next((name for name in DEVICES if name.upper() in title.upper()), title), "title": title}
+    about |= {"device": _plan_name(title), "title": title}
     about["copy_gb_s"] = _copy_gb_s()
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     about["matmul_tflops_bf16"] = round(2 * 8192**3 / _seconds(lambda: a @ b) / 1e12, 1)
@@ -152,6 +150,13 @@ def _machine(out: Path, deadline: float) -> dict[str, Any]:
         multiply = lambda: torch._scaled_mm(a8, b8, scale_a, scale_b, out_dtype=torch.bfloat16)  # noqa: E731
         about["matmul_tflops_fp8_rowwise"] = round(2 * 8192**3 / _seconds(multiply) / 1e12, 1)
     return about
+
+
+def _plan_name(title: str) -> str:
+    """The name by which `vpgtrans plan --gpu` knows a device; its own where plan does not know it."""
+    if "A100" in title:
+        return "a100-80g" if torch.cuda.get_device_properties(0).total_memory > 6e10 else "a100-40g"
+    return next((name for name in ("h200", "h100", "4090") if name.upper() in title), title)
 
 
 def _copy_gb_s() -> float:

@@ -12,14 +12,13 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+from timing import about, device_title
 from torch import nn
 
 from vpgtrans.kernels.adamw_step import adamw_step, adamw_step_unsupported_reason
@@ -165,7 +164,7 @@ def main() -> None:
             "VL-LLaMA-7B, stage 1": [(4096, 768), (4096,)],
             "the demo's Q-Former": qformer_shapes(96, 4, 96, 192, 16),
         }
-    described = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
+    described = device_title(device)
     unit = "ms" if device.type == "cuda" else "CPU ms"
     print(f"adamw_step with clipping, {described}, median of {options.repeats} interleaved runs")
     found: dict = {}
@@ -179,14 +178,8 @@ def main() -> None:
                 f"{100 * row['share_of_floor']:5.1f} % of the floor, {row['times_torch']:6.3f} x torch's"
             )
         if options.out:
-            triton = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else None
-            about = {
-                "bench": "adamw_step",
-                "date": datetime.now(UTC).isoformat(timespec="seconds"),
-                "device": described,
-            }
-            about |= {"torch": torch.__version__, "triton": triton, "repeats": options.repeats}
-            options.out.write_text(json.dumps(about | {"results": found}, indent=2) + "\n")
+            head = about("adamw_step", device, repeats=options.repeats)
+            options.out.write_text(json.dumps(head | {"results": found}, indent=2) + "\n")
     for name in result["not_installed"]:
         print(f"not installed, so not measured: {name}")
 

@@ -9,18 +9,14 @@ the share of the measured copy bandwidth. "norm + q, k, v": a norm and the three
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import importlib.util
 import json
-import platform
 import statistics
-import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from timing import about, device_title, timed_ms
 from torch import Tensor
 
 from vpgtrans.kernels.frozen_linear import (
@@ -46,19 +42,6 @@ CUDA_SHAPES = (
 )
 CPU_SHAPES = (("a small block", 256, 256, 512), ("a small block back", 256, 512, 256))
 RMS = Norm("rms_rounded", 1e-6)
-
-
-def timed_ms(device: torch.device, run: Callable[[], object]) -> float:
-    if device.type == "cuda":
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
-    begin = time.process_time()
-    run()
-    return 1e3 * (time.process_time() - begin)
 
 
 def medians(device: torch.device, runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
@@ -168,7 +151,7 @@ def main() -> None:
     device = torch.device(options.device)
     if device.type == "cpu":
         torch.set_num_threads(1)
-    described = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
+    described = device_title(device)
     if reason := fp8_unsupported_reason(device):
         print(f"frozen_linear: not measured: {reason}")
         return
@@ -187,14 +170,8 @@ def main() -> None:
                 f"  {name:24} {row['ms']:9.3f} {unit}, {row['gb_per_s']:8.1f} GB/s, {row['share_of_copy']:6.3f} of a copy's rate"
             )
         if options.out:
-            triton = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else None
-            about = {
-                "bench": "frozen_linear",
-                "date": datetime.now(UTC).isoformat(timespec="seconds"),
-                "device": described,
-            }
-            about |= {"torch": torch.__version__, "triton": triton, "repeats": options.repeats}
-            options.out.write_text(json.dumps(about | {"results": found}, indent=2) + "\n")
+            head = about("frozen_linear", device, repeats=options.repeats)
+            options.out.write_text(json.dumps(head | {"results": found}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -12,14 +12,12 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
-import platform
 import statistics
-import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+from timing import about, device_title, timed_ms
 from torch import Tensor
 
 from vpgtrans.kernels.checks import largest_error
@@ -82,19 +80,6 @@ def once(run: Operation, hidden: Tensor, weight: Tensor, labels: Tensor, cap: fl
     loss.backward()
     gradient, hidden.grad = hidden.grad, None
     return loss.detach(), gradient
-
-
-def timed_ms(device: torch.device, run: Callable[[], object]) -> float:
-    if device.type == "cuda":
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
-    begin = time.process_time()
-    run()
-    return 1e3 * (time.process_time() - begin)
 
 
 def matmul_rate(device: torch.device, hidden: Tensor, weight: Tensor) -> float:
@@ -163,7 +148,7 @@ def main() -> None:
     device = torch.device(options.device)
     if device.type == "cpu":
         torch.set_num_threads(1)
-    described = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
+    described = device_title(device)
     unit = "ms" if device.type == "cuda" else "CPU ms"
     print(f"linear_cross_entropy, forward and backward, {described}, median of {options.repeats} interleaved runs")
     found: dict = {}
@@ -179,14 +164,8 @@ def main() -> None:
                 f"{100 * row['share_of_floor']:5.1f} % of the floor{memory}"
             )
         if options.out:
-            triton = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else None
-            about = {
-                "bench": "linear_cross_entropy",
-                "date": datetime.now(UTC).isoformat(timespec="seconds"),
-                "device": described,
-            }
-            about |= {"torch": torch.__version__, "triton": triton, "repeats": options.repeats}
-            options.out.write_text(json.dumps(about | {"results": found}, indent=2) + "\n")
+            head = about("linear_cross_entropy", device, repeats=options.repeats)
+            options.out.write_text(json.dumps(head | {"results": found}, indent=2) + "\n")
     for name in result["not_installed"]:
         print(f"not installed, so not measured: {name}")
 

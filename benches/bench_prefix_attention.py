@@ -15,17 +15,15 @@ import importlib.metadata
 import importlib.util
 import inspect
 import json
-import platform
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from timing import about, copy_bandwidth, device_title, peak_mib, timed_ms
 from torch import Tensor
 
 from vpgtrans.engine.data.packing import CaptionData, Group, PackedBatch, pack_update
@@ -213,36 +211,6 @@ def check(peer: Peer, segments: Tensor) -> None:
         assert_within_budget(name, *values)
 
 
-def timed_ms(device: torch.device, run: Callable[[], object]) -> float:
-    if device.type == "cuda":
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
-    begin = time.process_time()
-    run()
-    return 1e3 * (time.process_time() - begin)
-
-
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes read and written a second by a large copy."""
-    source = torch.empty(2**30 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    times = [timed_ms(device, lambda: target.copy_(source)) for _ in range(8)]
-    return 2e3 * source.numel() / statistics.median(times[3:])
-
-
-def peak_mib(run: Callable[[], object]) -> float:
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    torch.cuda.synchronize()
-    return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
-
-
 def measure(device: torch.device, shape: tuple, repeats: int, bandwidth: float) -> dict:
     torch.manual_seed(0)
     _, rows, tokens, captions, heads, kv_heads, head_size = shape
@@ -293,17 +261,13 @@ def main() -> None:
     device = torch.device(options.device)
     if device.type == "cpu":
         torch.set_num_threads(1)
-    described = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
+    described = device_title(device)
     unit = "ms" if device.type == "cuda" else "CPU ms"
     bandwidth = copy_bandwidth(device)
     print(
         f"prefix_attention, {described}, copies at {bandwidth / 1e9:.0f} GB/s, median of {options.repeats} interleaved runs"
     )
-    triton = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else None
-    about = {
-        "bench": "prefix_attention", "date": datetime.now(UTC).isoformat(timespec="seconds"), "device": described,
-        "torch": torch.__version__, "triton": triton, "repeats": options.repeats, "copy_gb_per_s": round(bandwidth / 1e9, 1),
-    }  # fmt: skip
+    head = about("prefix_attention", device, repeats=options.repeats)
     found: dict = {}
     for shape in CUDA_SHAPES if device.type == "cuda" else CPU_SHAPES:
         result = found[shape[0]] = measure(device, shape, options.repeats, bandwidth)
@@ -323,7 +287,7 @@ def main() -> None:
         for name in result["not_measured"]:
             print(f"  not measured: {name}")
         if options.out:
-            options.out.write_text(json.dumps(about | {"results": found}, indent=2) + "\n")
+            options.out.write_text(json.dumps(head | {"results": found}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -10,18 +10,13 @@ of the merged product at the measured matmul rate and its bytes at the measured 
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
-import importlib.util
 import json
-import platform
 import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from timing import about, copy_bandwidth, matmul_rate, timed_ms
 
 from vpgtrans.kernels.checks import assert_within_budget
 from vpgtrans.kernels.projector_converter import (
@@ -36,32 +31,6 @@ ROW_TOKENS = 97  # of an image with five captions of 13 tokens
 # images, d_v, d_s, d_t; the most telling first: OPT-2.7B to 6.7B, a large micro-batch of it, OPT-125M to 1.3B.
 CUDA_SHAPES = [(36, 768, 2560, 4096), (256, 768, 2560, 4096), (36, 768, 768, 2048)]
 CPU_SHAPES = [(4, 768, 768, 2048), (36, 192, 256, 512)]
-
-
-def timed(run: Callable[[], object], device: str) -> float:
-    """Milliseconds of one run: of the GPU's clock, or of CPU time, which is steadier than the clock on a shared machine."""
-    if device == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
-    began = time.process_time()
-    run()
-    return 1e3 * (time.process_time() - began)
-
-
-def device_rates(repeats: int) -> dict[str, float]:
-    """Measured on the GPU: bf16 matmul rate in TFLOP/s, copy bandwidth in GB/s."""
-    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    source = torch.empty(1 << 30, device="cuda", dtype=torch.uint8)
-    target = torch.empty_like(source)
-    for run in (lambda: a @ a, lambda: target.copy_(source)):
-        run()
-    matmul_ms = statistics.median(timed(lambda: a @ a, "cuda") for _ in range(repeats))
-    copy_ms = statistics.median(timed(lambda: target.copy_(source), "cuda") for _ in range(repeats))
-    return {"matmul_tflop_s": 2 * 8192**3 / matmul_ms / 1e9, "copy_gb_s": 2 * source.numel() / copy_ms / 1e6}
 
 
 def measure(
@@ -123,7 +92,7 @@ def measure(
             peak_mib[name] = round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
     for _ in range(repeats):
         for name, run in peers.items():
-            times[name].append(timed(lambda run=run: once(run), device))
+            times[name].append(timed_ms(device, lambda run=run: once(run)))
     flops = 2 * len(x) * width * target_width
     rows = {}
     for name in peers:
@@ -138,7 +107,7 @@ def measure(
     for row in rows.values():
         row["times_chain"] = round(rows["chain, index_copy"]["step_ms"] / row["step_ms"], 3)
     with torch.no_grad():
-        forming = [timed(lambda: MergedFactors().form(*factors, dtype), device) for _ in range(repeats)]
+        forming = [timed_ms(device, lambda: MergedFactors().form(*factors, dtype)) for _ in range(repeats)]
     rows["forming W_t, once a step"] = {"step_ms": round(statistics.median(forming), 4)}
     return rows
 
@@ -153,13 +122,8 @@ def main() -> None:
     dtype, repeats = torch.bfloat16 if on_gpu else torch.float32, options.repeats or (30 if on_gpu else 9)
     if not on_gpu:
         torch.set_num_threads(1)
-    rates = device_rates(repeats) if on_gpu else {}
-    found = {
-        "bench": "projector_converter", "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if on_gpu else platform.machine(), "torch": torch.__version__,
-        "triton": importlib.metadata.version("triton") if importlib.util.find_spec("triton") else None,
-        "dtype": str(dtype), "repeats": repeats, "rates": rates, "results": [],
-    }  # fmt: skip
+    rates = {"matmul_tflop_s": matmul_rate("cuda") / 1e12, "copy_gb_s": copy_bandwidth("cuda") / 1e9} if on_gpu else {}
+    found = about("projector_converter", options.device, dtype=str(dtype), repeats=repeats, rates=rates, results=[])
     print(f"projector and converter on {found['device']}, {dtype}, median of {repeats} runs")
     if reason := projector_converter_unsupported_reason(dtype, torch.device(options.device)):
         print(f"not measured: merged, kernel: {reason}")

@@ -10,18 +10,14 @@ bandwidth) and, on a GPU, peak memory above the operands.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import importlib.util
 import json
-import platform
 import statistics
-import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import torch
+from timing import about, copy_bandwidth, device_title, peak_mib, timed_ms
 from torch import Tensor
 
 from vpgtrans.engine.data.packing import CaptionData, Group, PackedBatch, pack_update
@@ -50,36 +46,6 @@ def packed_rows(rows: int, tokens: int, vocabulary: int) -> PackedBatch:
     ids = [[rng.integers(0, vocabulary, n).tolist() for n in row] for row in lengths]
     groups = [Group(image, 0, tuple(range(CAPTIONS))) for image in range(images)]
     return pack_update(groups, CaptionData("bench", [None] * images, ids), VISUAL, tokens, rows, 0, fixed_shape=True)[0]
-
-
-def timed_ms(device: torch.device, run: Callable[[], object]) -> float:
-    if device.type == "cuda":
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
-    begin = time.process_time()
-    run()
-    return 1e3 * (time.process_time() - begin)
-
-
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes read and written a second by a large copy."""
-    source = torch.empty(2**30 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    times = [timed_ms(device, lambda: target.copy_(source)) for _ in range(8)]
-    return 2e3 * source.numel() / statistics.median(times[3:])
-
-
-def peak_mib(run: Callable[[], object]) -> float:
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    torch.cuda.synchronize()
-    return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
 
 
 def measure(device: torch.device, shape: tuple, repeats: int, bandwidth: float) -> dict:
@@ -142,17 +108,13 @@ def main() -> None:
     device = torch.device(options.device)
     if device.type == "cpu":
         torch.set_num_threads(1)
-    described = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
+    described = device_title(device)
     unit = "ms" if device.type == "cuda" else "CPU ms"
     bandwidth = copy_bandwidth(device)
     print(
         f"prompt_assembly, {described}, copies at {bandwidth / 1e9:.0f} GB/s, median of {options.repeats} interleaved runs"
     )
-    triton = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else None
-    about = {
-        "bench": "prompt_assembly", "date": datetime.now(UTC).isoformat(timespec="seconds"), "device": described,
-        "torch": torch.__version__, "triton": triton, "repeats": options.repeats, "copy_gb_per_s": round(bandwidth / 1e9, 1),
-    }  # fmt: skip
+    head = about("prompt_assembly", device, repeats=options.repeats)
     results: dict = {}
     for shape in CUDA_SHAPES if device.type == "cuda" else CPU_SHAPES:
         result = results[shape[0]] = measure(device, shape, options.repeats, bandwidth)
@@ -168,7 +130,7 @@ def main() -> None:
             if "peak_mib" in row:
                 print(f"  {name:6} peak {row['peak_mib']:.0f} MiB")
         if options.out:
-            options.out.write_text(json.dumps(about | {"results": results}, indent=2) + "\n")
+            options.out.write_text(json.dumps(head | {"results": results}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -10,17 +10,13 @@ plus the products with W_q and W_o; on the CPU, where no rate is assumed, only t
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
-import importlib.util
 import json
-import platform
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from timing import about, copy_bandwidth, matmul_rate, timed_ms
 
 from vpgtrans.kernels.checks import largest_error
 from vpgtrans.kernels.qformer_attention import (
@@ -105,32 +101,6 @@ def check(shape: AttentionShape, device: str, dtype: torch.dtype) -> dict[str, d
     return errors
 
 
-def timed(run: Callable[[], object], device: str) -> float:
-    """Milliseconds of one run: of the GPU's clock, or of CPU time, which is steadier than the clock on a shared machine."""
-    if device == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
-    began = time.process_time()
-    run()
-    return 1e3 * (time.process_time() - began)
-
-
-def device_rates(repeats: int) -> dict[str, float]:
-    """Measured on the GPU: bf16 matmul rate in TFLOP/s, copy bandwidth in GB/s."""
-    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    source = torch.empty(1 << 30, device="cuda", dtype=torch.uint8)
-    target = torch.empty_like(source)
-    for run in (lambda: a @ a, lambda: target.copy_(source)):
-        run()
-    matmul_ms = statistics.median(timed(lambda: a @ a, "cuda") for _ in range(repeats))
-    copy_ms = statistics.median(timed(lambda: target.copy_(source), "cuda") for _ in range(repeats))
-    return {"matmul_tflop_s": 2 * 8192**3 / matmul_ms / 1e9, "copy_gb_s": 2 * source.numel() / copy_ms / 1e6}
-
-
 def measure(
     shape: AttentionShape, mode: str, dropout_p: float, device: str, dtype: torch.dtype, repeats: int, rates: dict
 ) -> dict[str, dict]:
@@ -156,7 +126,7 @@ def measure(
             peak_mib[name] = round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
     for _ in range(repeats):
         for name, (_, run) in found.items():
-            times[name].append(timed(lambda run=run: once(run), device))
+            times[name].append(timed_ms(device, lambda run=run: once(run)))
     projections = 4 * shape.batch * shape.queries * shape.hidden**2 * (3 if gradients else 1)
     rows = {}
     for name, (form, _) in found.items():
@@ -191,13 +161,8 @@ def main() -> None:
     dtype, repeats = torch.bfloat16 if on_gpu else torch.float32, options.repeats or (30 if on_gpu else 7)
     if not on_gpu:
         torch.set_num_threads(1)
-    rates = device_rates(repeats) if on_gpu else {}
-    found = {
-        "bench": "qformer_attention", "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if on_gpu else platform.machine(),
-        "torch": torch.__version__, "triton": importlib.metadata.version("triton") if importlib.util.find_spec("triton") else None,
-        "dtype": str(dtype), "repeats": repeats, "rates": rates, "results": [],
-    }  # fmt: skip
+    rates = {"matmul_tflop_s": matmul_rate("cuda") / 1e12, "copy_gb_s": copy_bandwidth("cuda") / 1e9} if on_gpu else {}
+    found = about("qformer_attention", options.device, dtype=str(dtype), repeats=repeats, rates=rates, results=[])
     print(f"cross-attention on {found['device']}, {dtype}, median of {repeats} runs")
     for name, rate in rates.items():
         print(f"measured {name}: {rate:.0f}")

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timing import copy_bandwidth, matmul_rate, median_ms
 
 ROOT = Path(__file__).resolve().parents[1]
 # Most telling first: what the LLM's and the ViT's time hangs on, then the Q-Former, then what is small.
@@ -139,16 +140,14 @@ def _machine(out: Path, deadline: float) -> dict[str, Any]:
         return about
     title = torch.cuda.get_device_name()
     about |= {"device": _plan_name(title), "title": title}
-    about["copy_gb_s"] = _copy_gb_s()
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    about["matmul_tflops_bf16"] = round(2 * 8192**3 / _seconds(lambda: a @ b) / 1e12, 1)
-    wide_a, wide_b = a.float(), b.float()
-    about["matmul_tflops_fp32"] = round(2 * 8192**3 / _seconds(lambda: wide_a @ wide_b) / 1e12, 1)
+    about["copy_gb_s"] = round(copy_bandwidth("cuda") / 1e9, 1)
+    about["matmul_tflops_bf16"] = round(matmul_rate("cuda") / 1e12, 1)
+    about["matmul_tflops_fp32"] = round(matmul_rate("cuda", dtype=torch.float32) / 1e12, 1)
     if torch.cuda.get_device_capability() >= (9, 0):
         scale_a, scale_b = torch.ones(8192, 1, device="cuda"), torch.ones(1, 8192, device="cuda")
-        a8, b8 = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).t()
-        multiply = lambda: torch._scaled_mm(a8, b8, scale_a, scale_b, out_dtype=torch.bfloat16)  # noqa: E731
-        about["matmul_tflops_fp8_rowwise"] = round(2 * 8192**3 / _seconds(multiply) / 1e12, 1)
+        a8, b8 = (torch.randn(8192, 8192, device="cuda").to(torch.float8_e4m3fn) for _ in range(2))
+        multiply = lambda: torch._scaled_mm(a8, b8.t(), scale_a, scale_b, out_dtype=torch.bfloat16)  # noqa: E731
+        about["matmul_tflops_fp8_rowwise"] = round(2e3 * 8192**3 / median_ms("cuda", multiply) / 1e12, 1)
     return about
 
 
@@ -157,26 +156,6 @@ def _plan_name(title: str) -> str:
     if "A100" in title:
         return "a100-80g" if torch.cuda.get_device_properties(0).total_memory > 6e10 else "a100-40g"
     return next((name for name in ("h200", "h100", "4090") if name.upper() in title), title)
-
-
-def _copy_gb_s() -> float:
-    source = torch.empty(1 << 31, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return round(2 * source.numel() / _seconds(lambda: target.copy_(source)) / 1e9, 1)
-
-
-def _seconds(run: Any, repeats: int = 15) -> float:
-    """Median of single runs by CUDA events, after three that are not counted."""
-    times = []
-    for number in range(repeats + 3):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        if number >= 3:
-            times.append(start.elapsed_time(end) / 1e3)
-    return sorted(times)[len(times) // 2]
 
 
 def _training(out: Path, deadline: float) -> dict[str, Any]:

@@ -84,7 +84,7 @@ setup(
         "tensorboard",
     ],
     extras_require={
-        "test": ["pytest"],
+        "test": ["pytest", "simplejpeg"],
         "lint": ["ruff"],
         "triton": ["triton>=3.6; platform_system == 'Linux'"],
         # JPEGs where the extension was built without libjpeg-turbo's headers.

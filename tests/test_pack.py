@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import signal
+import subprocess
+import sys
 import tarfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +210,31 @@ def test_a_stopped_run_is_taken_up(tmp_path, monkeypatch):
     pack(path, out, settings, images=tmp_path / "images")
     assert (out / "captions-00000.beton").stat().st_ino == kept.st_ino and not list(out.glob(".*"))
     for name in ("captions-00000.beton", "captions-00001.beton", "captions-00002.beton", "index.json"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_killed_run_ends_as_an_undisturbed_one(tmp_path):
+    """SIGKILL after the first, the third and the fifth finished shard; no file under a final name is ever cut."""
+    files = {f"{i}.png": encoded(picture(400, 300, i), "PNG") for i in range(32)}
+    packed(tmp_path, files, "whole", shard_images=4)
+    out = tmp_path / "out"
+    command = [
+        sys.executable, "-m", "vpgtrans.engine.cli", "pack", str(tmp_path / "captions.json"), str(out), "--images", str(tmp_path / "images"),
+        "--shard-images", "4", "--jobs", "1",
+    ]  # fmt: skip
+    for finished in (1, 3, 5):
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            while process.poll() is None and len(list(out.glob("*.beton"))) < finished:
+                time.sleep(0.001)
+            process.kill()
+        assert process.returncode == -signal.SIGKILL, "it ended before it could be killed"
+        for path in out.glob("*.beton"):
+            assert path.read_bytes() == (tmp_path / "whole" / path.name).read_bytes()
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+    assert not list(out.glob(".*"))
+    names = sorted(p.name for p in (tmp_path / "whole").glob("*.beton"))
+    assert len(names) == 8
+    for name in (*names, "index.json"):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 

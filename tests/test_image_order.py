@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vpgtrans.engine.data.image_order import QuasiRandomOrder, image_order
+from vpgtrans.engine.data.image_order import SHUFFLED_UP_TO, FeistelOrder, QuasiRandomOrder, image_order
 from vpgtrans.engine.data.packing import Position, Subset, UpdateOrder
 
 
@@ -32,6 +32,24 @@ def test_quasi_random_stays_within_a_window_and_mixes_it():
     assert len(np.unique(images[:50] // 50)) > 2  # the runs of a window come from anywhere in the file
     with pytest.raises(IndexError, match="0 to 999"):
         order[1000]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 17, 1000, 4097])
+def test_a_computed_order_is_a_permutation(size):
+    order = FeistelOrder(size, np.random.default_rng(3))
+    assert sorted(order[i] for i in range(size)) == list(range(size)) and len(order) == size
+
+
+def test_a_computed_order_is_as_good_as_shuffled():
+    """Neighbours in time are a third of the set apart on average, each tenth of an epoch draws from all of the set, and seeds differ."""
+    size = 10_000
+    images = np.array([FeistelOrder(size, np.random.default_rng(1))[i] for i in range(size)])
+    assert abs(np.abs(np.diff(images)).mean() / size - 1 / 3) < 0.01
+    counts = np.stack([np.bincount(part // 1000, minlength=10) for part in images.reshape(10, 1000)])
+    assert ((counts - 100) ** 2 / 100).sum() < 140  # chi-squared, 81 degrees of freedom: 1 in 20,000 is above
+    other = np.array([FeistelOrder(size, np.random.default_rng(2))[i] for i in range(size)])
+    assert (images == other).sum() < 10
+    assert isinstance(image_order("random", SHUFFLED_UP_TO + 1, np.random.default_rng(0)), FeistelOrder)
 
 
 def test_the_random_order_of_small_and_large_numbers_is_the_same():

@@ -14,19 +14,58 @@ import numpy as np
 ImageOrder = Literal["random", "quasi_random", "sequential"]
 
 RUN_IMAGES = 256  # about a page of 8 MiB of photographs
+SHUFFLED_UP_TO = 1 << 22
+_MASK_64 = (1 << 64) - 1
 WINDOW_RUNS = 32  # so 8,192 images, about 256 MiB, are in use at a time
 
 
 def image_order(kind: ImageOrder, size: int, rng: np.random.Generator) -> Sequence[int] | np.ndarray:
     """Place -> image, a permutation of 0 to size - 1 that depends on the generator's state only.
 
-    Random takes 4 bytes an image, the others next to nothing.
+    Random is a shuffled list up to SHUFFLED_UP_TO images, 4 bytes each, and computed place by place beyond it.
     """
     if kind == "sequential":
         return range(size)
     if kind == "quasi_random":
         return QuasiRandomOrder(size, rng)
-    return rng.permutation(np.arange(size, dtype=np.int32 if size < 2**31 else np.int64))
+    if size > SHUFFLED_UP_TO:
+        return FeistelOrder(size, rng)
+    return rng.permutation(np.arange(size, dtype=np.int32))
+
+
+class FeistelOrder(Sequence):
+    """A pseudo-random permutation that is computed, not stored: a Feistel network over the next power of four, walked until it is inside.
+
+    Six rounds of a 64-bit mixer (the multipliers of SplitMix64); some 10 us a place, where shuffling 10 million images takes a second.
+    """
+
+    def __init__(self, size: int, rng: np.random.Generator):
+        self._size = size
+        self._half_bits = max(1, -(-(size - 1).bit_length() // 2))
+        self._keys = [int(key) for key in rng.integers(2**63, size=6)]
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, place: int) -> int:
+        if not 0 <= place < self._size:
+            raise IndexError(f"place: expected 0 to {self._size - 1:,}, got {place}")
+        image = self._permuted(int(place))
+        while (
+            image >= self._size
+        ):  # less than four steps on average: the domain has less than four times as many numbers
+            image = self._permuted(image)
+        return image
+
+    def _permuted(self, number: int) -> int:
+        bits, mask = self._half_bits, (1 << self._half_bits) - 1
+        left, right = number >> bits, number & mask
+        for key in self._keys:
+            mixed = (right * 0x9E3779B97F4A7C15 + key) & _MASK_64
+            mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_64
+            mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & _MASK_64
+            left, right = right, left ^ ((mixed >> 31) & mask)
+        return (left << bits) | right
 
 
 class QuasiRandomOrder(Sequence):

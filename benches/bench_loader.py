@@ -33,6 +33,7 @@ import tarfile
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,7 @@ def parse_options() -> argparse.Namespace:
         "--python", action="append", default=[], metavar="PEER=PATH",
         help=f"interpreter that has a peer, where this one has not; peers: {', '.join(PEERS)}",
     )  # fmt: skip
+    parser.add_argument("--only-photographs", action="store_true", help="the sets of --data and no generated ones")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the JSON object to a file")
     options = parser.parse_args()
@@ -226,6 +228,8 @@ def main() -> None:
     options = parse_options()
     peers, absent = installed_peers(options.pythons)
     sides, data = (SIDES[:1], None) if options.quick else (SIDES, options.data)
+    if options.only_photographs:
+        sides, data = (), options.data
     if options.repeats is None:  # nothing to wait for where there is nobody to compare with
         options.repeats = 1 if options.quick or not any(PEERS[name].needs for name in peers) else 2
     torch.set_num_threads(1)
@@ -239,6 +243,7 @@ def main() -> None:
         results[title] = {"kilobytes_an_image": kilobytes, "peers": figures, "failed": failed}
     found = {
         "bench": "loader",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": platform.machine(),
         "cores": os.cpu_count(),
         "images": options.images,

@@ -140,8 +140,10 @@ def measure(
     figures = {name: summary(runs[name]) for name in peers if name not in failed}
     if "pillow" in figures:
         for name, figure in figures.items():
-            apart = abs(figure["mean_level"] - figures["pillow"]["mean_level"])
-            assert apart < LEVELS_APART, f"{PEERS[name].label}: images {apart:.1f} levels from Pillow's in brightness"
+            figure["levels_from_pillow"] = apart = round(abs(figure["mean_level"] - figures["pillow"]["mean_level"]), 1)
+            if apart >= LEVELS_APART:
+                assert not name.startswith("ours"), f"{PEERS[name].label}: {apart} levels from Pillow's in brightness"
+                print(f"{title}, {PEERS[name].label}: {apart} levels from Pillow's in brightness", file=sys.stderr)
     for baseline in ("ffcv-jpg", "pillow"):
         for figure in figures.values():
             whole = figures.get(baseline, {}).get("cpu_ms_an_image")

@@ -196,7 +196,7 @@ def _prepare(recipe: TransferRecipe, runtime: Runtime, log: RunLog, progress: Pr
     validator.pack(model, layout)
     outcome.print_savings(log, recipe, model, choices)
     watch = Watch(log, **progress.watch)
-    _measure_converter(model, origins, validator, watch, log, recipe)
+    _measure_converter(model, origins, features, len(data.ids), watch, log, recipe)
     return Run(
         recipe, runtime, log, model, origins, data, subsets, features, tower.image_size, tower.norm, validator, watch, progress,
         fuses_adamw=any(c.on for c in choices if c.name == "adamw_step"),
@@ -207,17 +207,20 @@ def _prepare(recipe: TransferRecipe, runtime: Runtime, log: RunLog, progress: Pr
 def _measure_converter(
     model: VisionLanguageModel,
     origins: Origins,
-    validator: Validator,
+    features: FeatureSource,
+    image_count: int,
     watch: Watch,
     log: RunLog,
     recipe: TransferRecipe,
 ) -> None:
-    """Print the converter's quality and the norms around it; scale the projector where the recipe asks for it."""
+    """Print the converter's quality and the norms around it, on the first training images; scale the projector where the recipe asks for it."""
     if origins.converter is None or origins.source_projector is None or origins.source_words is None:
         return
     model.eval()
-    images = [Group(i, 0, ()) for i in range(min(16, len(validator.data.records)))]
-    visual = model.vpg(validator.features(images).to(model.vpg.query_tokens.dtype))
+    images = [Group(i, 0, ()) for i in range(min(16, image_count))]
+    found = features(images)
+    usable = [place for place, group in enumerate(images) if group.image not in features.unusable]
+    visual = model.vpg(found[usable].to(model.vpg.query_tokens.dtype))
     source = origins.source_projector.to(visual.device)
     before = norm_ratio(source(visual), origins.source_words)
     after = norm_ratio(model.projector(visual), model.llm.word_embeddings())

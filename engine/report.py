@@ -92,8 +92,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--reference", help="arm to compare with (tfs where present, else the first)")
     parser.add_argument("--title", default="VPGTrans training report")
     options = parser.parse_args(arguments)
+    runs = [run for run in options.runs if (run / "log.jsonl").is_file()]
+    others = [str(run) for run in options.runs if run not in runs]
+    if runs and others:  # runs/demo/*, say, which holds logs/ and the report as well
+        print(f"note: passed over, because they hold no log.jsonl: {', '.join(others)}")
     try:
-        written = write_report(options.runs, options.out, options.reference, options.title)
+        written = write_report(runs or options.runs, options.out, options.reference, options.title)
     except ReportError as error:
         print(f"vpgtrans report: {error}", file=sys.stderr)
         return 2

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .options import parser
+from .options import check_options, parser
 
 MODEL_OF_TIME = (
     "Seconds come from a model: each operation of the engine's code takes the longer of its FLOPs and its bytes at the device's rates, or the "
@@ -21,6 +21,7 @@ MODEL_OF_TIME = (
 def main(argv: list[str]) -> int:
     """Plan and print; exit code 0, 2 for a mistake in what was given.  `ValueError`s are the command line's to print."""
     options = parser().parse_intermixed_args(argv)
+    check_options(options.gpus, options.price_per_gpu_hour)  # before seconds of imports
     from ..recipe import load_recipe
 
     recipe = load_recipe(

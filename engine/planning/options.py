@@ -24,3 +24,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--no-switches", action="store_true", help="leave out the table of switches, which takes longest")
     made.add_argument("--json", action="store_true")
     return made
+
+
+def check_options(gpus: int, price: float | None) -> None:
+    """Raise ValueError where there are no GPUs, or money would be earned."""
+    if gpus < 1:
+        raise ValueError(f"--gpus: expected at least 1, got {gpus}")
+    if price is not None and not 0 <= price < float("inf"):
+        raise ValueError(f"--price-per-gpu-hour: expected 0 or more, got {price:g}")

@@ -14,6 +14,7 @@ from ..dry_run import GIB, Plan, make_plan
 from ..recipe import TransferRecipe
 from .costs import StageCosts, StageEstimate, estimate, largest_micro_batch
 from .devices import RESERVED_BYTES, Device, find_device
+from .options import check_options
 from .switches import flipped, savings, switches
 from .trace import Cost, Setting, trace_tower
 from .workload import SetShape
@@ -35,10 +36,7 @@ def plan_recipe(
         ValueError: an unknown device, fewer than one, a negative price, an efficiency outside 0 to 1; ModelError, CheckpointError,
             DataError and RecipeError as `engine.dry_run.make_plan`.
     """
-    if gpus < 1:
-        raise ValueError(f"--gpus: expected at least 1, got {gpus}")
-    if price is not None and not (price >= 0 and math.isfinite(price)):
-        raise ValueError(f"--price-per-gpu-hour: expected 0 or more, got {price:g}")
+    check_options(gpus, price)
     recipe = recipe.model_copy(update={"device": "cpu" if gpu == "cpu" else "cuda"})
     devices: dict[torch.dtype, Device] = {}
 

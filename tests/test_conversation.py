@@ -230,7 +230,7 @@ def test_a_third_stage_memorises_its_conversations(tiny_recipe, tiny_world, tmp_
         f"data.train=[{{name: scenes, {scenes}}}, {{name: align, captions: {align}, format: minigpt4, style: conversation}}]",
         "stages=[{name: warm_up, trains: projector, learning_rate: 1e-3, pairs: 11, batch_pairs: 11, data: [scenes]},"
         f" {{name: direct, {stage}, pairs: 11, batch_pairs: 11, data: [scenes]}},"
-        f" {{name: talk, {stage}, pairs: 480, batch_pairs: 4, data: [align]}}]",
+        f" {{name: talk, {stage}, pairs: 720, batch_pairs: 4, data: [align]}}]",
     ]  # fmt: skip
     assert main([str(tiny_recipe), *settings]) == 0
     logged = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from timing import about, device_title, timed_ms
+from timing import about, device_title, interleaved_ms
 from torch import Tensor
 
 from vpgtrans.kernels.frozen_linear import (
@@ -42,16 +41,6 @@ CUDA_SHAPES = (
 )
 CPU_SHAPES = (("a small block", 256, 256, 512), ("a small block back", 256, 512, 256))
 RMS = Norm("rms_rounded", 1e-6)
-
-
-def medians(device: torch.device, runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(repeats + 2):
-        for name, run in runs.items():
-            spent = timed_ms(device, run)
-            if repeat >= 2:
-                times[name].append(spent)
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def check(x: Tensor, weight: Tensor) -> float:
@@ -99,7 +88,7 @@ def linears(device: torch.device, shape: tuple, repeats: int) -> dict:
         x.grad = None
 
     error = check(x.detach(), weight)
-    ms = medians(
+    ms = interleaved_ms(
         device,
         {
             plain: lambda: both(lambda t: F.linear(t, weight)),
@@ -133,7 +122,7 @@ def row_kernels(device: torch.device, x: Tensor, weight: Tensor, repeats: int) -
     if rows_unsupported_reason(device, x.shape[1]) is None and device.type == "cuda":
         runs["quantise"] = lambda: quantise_rows(x, "triton")
         runs["norm and quantise"] = lambda: norm_and_quantise(x, weight, None, RMS, "triton")
-    ms = medians(device, runs, repeats)
+    ms = interleaved_ms(device, runs, repeats)
     rate = {name: moved[name] * x.numel() / value / 1e6 for name, value in ms.items()}
     kernels = {
         name: {"ms": round(ms[name], 4), "gb_per_s": round(value, 1), "share_of_copy": round(value / rate["copy"], 3)}

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from timing import about, device_title, timed_ms
+from timing import about, device_title, interleaved_ms, timed_ms
 from torch import Tensor
 
 from vpgtrans.kernels.checks import largest_error
@@ -121,18 +121,13 @@ def measure(device: torch.device, shape: tuple, repeats: int) -> dict:
             before = torch.cuda.memory_allocated()
             once(run, hidden, weight, labels, cap)
             results[peer]["peak_mib"] = round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
-    times: dict[str, list[float]] = {peer: [] for peer in runs}
-    for repeat in range(repeats + 2):
-        for peer, run in runs.items():
-            spent = timed_ms(device, lambda run=run: once(run, hidden, weight, labels, cap))
-            if repeat >= 2:
-                times[peer].append(spent)
+    calls = {peer: lambda run=run: once(run, hidden, weight, labels, cap) for peer, run in runs.items()}
+    times = interleaved_ms(device, calls, repeats)
     flop = 4.0 * rows * vocabulary * width
     floor_ms = 1e3 * flop / matmul_rate(device, hidden, weight)
-    for peer, values in times.items():
-        ms = statistics.median(values)
+    for peer, ms in times.items():
         results[peer] |= {"ms": round(ms, 4), "tflop_per_s": round(flop / ms / 1e9, 2), "share_of_floor": round(floor_ms / ms, 3)}  # fmt: skip
-        results[peer]["times_torch"] = round(ms / statistics.median(times["torch"]), 3)
+        results[peer]["times_torch"] = round(ms / times["torch"], 3)
         if "peak_mib" in results[peer]:
             results[peer]["share_of_torch_memory"] = round(results[peer]["peak_mib"] / results["torch"]["peak_mib"], 3)
     sizes = {"rows": rows, "vocabulary": vocabulary, "width": width, "softcap": cap, "floor_ms": round(floor_ms, 4)}

@@ -15,7 +15,6 @@ import importlib.metadata
 import importlib.util
 import inspect
 import json
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timing import about, copy_bandwidth, device_title, peak_mib, timed_ms
+from timing import about, copy_bandwidth, device_title, interleaved_ms, peak_mib
 from torch import Tensor
 
 from vpgtrans.engine.data.packing import CaptionData, Group, PackedBatch, pack_update
@@ -221,13 +220,9 @@ def measure(device: torch.device, shape: tuple, repeats: int, bandwidth: float) 
     peers = build_peers(device, shape, segments, lengths, absent)
     if "ours" in peers:
         check(peers["ours"], segments)
-    times: dict[str, dict[str, list[float]]] = {name: {"forward": [], "forward_backward": []} for name in peers}
-    for repeat in range(repeats + 2):
-        for name, peer in peers.items():
-            for part, found in times[name].items():
-                spent = timed_ms(device, getattr(peer, part))
-                if repeat >= 2:
-                    found.append(spent)
+    parts = ("forward", "forward_backward")
+    calls = {(name, part): getattr(peer, part) for name, peer in peers.items() for part in parts}
+    times = interleaved_ms(device, calls, repeats)
     itemsize = peers["SDPA, dense mask"].leaves[0].element_size()
     tensor_bytes = rows * tokens * head_size * itemsize
     # Forward q, k, v, out; backward q, k, v, out, dout, dq, dk, dv: each once.
@@ -235,14 +230,14 @@ def measure(device: torch.device, shape: tuple, repeats: int, bandwidth: float) 
     moved["forward_backward"] = moved["forward"] + tensor_bytes * (4 * heads + 4 * kv_heads)
     flop = {"forward": 4 * visible * heads * head_size, "forward_backward": 14 * visible * heads * head_size}
     results = {}
-    for name, parts in times.items():
+    for name in peers:
         results[name] = row = {"tokens": round(peers[name].leaves[0].numel() / (rows * tokens * heads * head_size), 2)}
-        for part, values in parts.items():
-            ms = statistics.median(values)
+        for part in parts:
+            ms = times[name, part]
             row[part] = {
                 "ms": round(ms, 4), "gb_per_s": round(moved[part] / ms / 1e6, 1), "tflop_per_s": round(flop[part] / ms / 1e9, 3),
                 "share_of_floor": round(1e3 * moved[part] / bandwidth / ms, 3),
-                "times_sdpa": round(ms / statistics.median(times["SDPA, dense mask"][part]), 3),
+                "times_sdpa": round(ms / times["SDPA, dense mask", part], 3),
             }  # fmt: skip
         if device.type == "cuda":
             row["peak_mib"] = peak_mib(peers[name].forward_backward)

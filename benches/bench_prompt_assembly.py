@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from timing import about, copy_bandwidth, device_title, peak_mib, timed_ms
+from timing import about, copy_bandwidth, device_title, interleaved_ms, peak_mib
 from torch import Tensor
 
 from vpgtrans.engine.data.packing import CaptionData, Group, PackedBatch, pack_update
@@ -75,23 +74,22 @@ def measure(device: torch.device, shape: tuple, repeats: int, bandwidth: float) 
         wide.index_add_(0, batch.visual_source, gradient.flatten(0, 1)[batch.visual_slots].double())
         assert_within_budget("gradient", both(peers["ours"]), wide.view_as(prompts), both(peers["torch"]))
     parts = {"forward": forward, "forward_backward": both}
-    times: dict[str, dict[str, list[float]]] = {name: {part: [] for part in parts} for name in peers}
-    for repeat in range(repeats + 2):
-        for name, run in peers.items():
-            for part, call in parts.items():
-                spent = timed_ms(device, lambda call=call, run=run: call(run))
-                if repeat >= 2:
-                    times[name][part].append(spent)
+    calls = {
+        (name, part): lambda call=call, run=run: call(run)
+        for name, run in peers.items()
+        for part, call in parts.items()
+    }
+    times = interleaved_ms(device, calls, repeats)
     moved = {"forward": 2 * gradient.nbytes}
     moved["forward_backward"] = moved["forward"] + len(batch.visual_slots) * width * dtype.itemsize + prompts.nbytes
     results = {}
-    for name, found in times.items():
+    for name in peers:
         results[name] = row = {}
-        for part, values in found.items():
-            ms = statistics.median(values)
+        for part in parts:
+            ms = times[name, part]
             row[part] = {
                 "ms": round(ms, 4), "gb_per_s": round(moved[part] / ms / 1e6, 1), "share_of_floor": round(1e3 * moved[part] / bandwidth / ms, 3),
-                "times_torch": round(ms / statistics.median(times["torch"][part]), 3),
+                "times_torch": round(ms / times["torch", part], 3),
             }  # fmt: skip
         if device.type == "cuda":
             row["peak_mib"] = peak_mib(lambda run=peers[name]: both(run))

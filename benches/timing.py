@@ -7,7 +7,7 @@ import importlib.util
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -31,6 +31,19 @@ def timed_ms(device: torch.device | str, run: Callable[[], object]) -> float:
 def median_ms(device: torch.device | str, run: Callable[[], object], repeats: int = 5) -> float:
     """Median of single runs, after three that are not counted."""
     return statistics.median([timed_ms(device, run) for _ in range(repeats + 3)][3:])
+
+
+def interleaved_ms(
+    device: torch.device | str, runs: Mapping[Any, Callable[[], object]], repeats: int
+) -> dict[Any, float]:
+    """Median of each run's times, one of each after the other so that a change in the machine's load meets all; two rounds do not count."""
+    times: dict[Any, list[float]] = {name: [] for name in runs}
+    for repeat in range(repeats + 2):
+        for name, run in runs.items():
+            spent = timed_ms(device, run)
+            if repeat >= 2:
+                times[name].append(spent)
+    return {name: statistics.median(found) for name, found in times.items()}
 
 
 def copy_bandwidth(device: torch.device | str) -> float:

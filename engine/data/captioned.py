@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from .packed import PackedRecords, is_pack, iterate_packed, read_index
 from .reading import DataError, RefusalReport, VerifyImages, check_outcome
 from .tar_member import TarMember
 from .token_table import TABLE_VERSION, TableError, TableRow, TokenTable, in_chunks, write_table
-from .webdataset import check_tars_outcome, expand_tars, iterate_tars
+from .webdataset import TarSample, check_tars_outcome, expand_tars, iterate_tars
 
 MAX_REFUSED_SHARE = 0.5
 
@@ -59,11 +60,9 @@ def open_captioned(
     found = read_image_data(entry, verify_images, name)
     folder = cache_root / f"tokens-{name}-{_key(framer, *((r.image_id, r.captions) for r in found.records))}"
 
-    def rows() -> Iterator[Any]:
+    def rows() -> Iterator[TableRow]:
         for records in in_chunks(found.records):
-            ids, questions = framer(records)
-            for i, captions in enumerate(ids):
-                yield TableRow(captions, questions[i] if questions else None)
+            yield from _framed(records, framer)
 
     _make_if_missing(folder, rows, RefusalReport(found.refused.source), framer, log)
     table = TokenTable(folder, name, found.records)
@@ -85,19 +84,10 @@ def _open_packed(
     folder = cache_root / f"tokens-{name}-{key}"
     report = RefusalReport(str(index.folder))
 
-    def rows() -> Iterator[Any]:
+    def rows() -> Iterator[TableRow]:
         usable = iterate_packed(index, report, preprocess=preprocess, verify_images=verify_images, limit=limit)
-        count = 0
-        for chunk in in_chunks(usable):
-            count += len(chunk)
-            chunk = chunk[max(0, entry.skip - count + len(chunk)) :]
-            records = [ImageRecord(s.image_id, s.path, s.captions, s.domain) for _, s in chunk]
-            ids, questions = framer(records)
-            for i, (number, _) in enumerate(chunk):
-                yield TableRow(ids[i], questions[i] if questions else None, sample=number)
-        check_outcome(report, "images", count, MAX_REFUSED_SHARE)
-        if entry.skip >= count:
-            raise DataError(f"skip: expected less than the {count:,} images of {entry.captions}, got {entry.skip}")
+        found = ((ImageRecord(s.image_id, s.path, s.captions), {"sample": number}) for number, s in usable)
+        yield from _rows(found, entry, framer, lambda count: check_outcome(report, "images", count, MAX_REFUSED_SHARE))
 
     _make_if_missing(folder, rows, report, framer, log)
     table = TokenTable(folder, name, None)
@@ -118,24 +108,41 @@ def _open_tars(
     )
     report = RefusalReport(source)
 
-    def rows() -> Iterator[Any]:
+    def rows() -> Iterator[TableRow]:
         numbers = {tar: number for number, tar in enumerate(tars)}
-        count = 0
-        for chunk in in_chunks(iterate_tars(source, report, verify_images=verify_images, limit=limit)):
-            count += len(chunk)
-            chunk = chunk[max(0, entry.skip - count + len(chunk)) :]
-            ids, questions = framer([ImageRecord(s.image_id, s.image, [s.caption]) for s in chunk])
-            for i, s in enumerate(chunk):
-                record = [s.image_id, numbers[s.image.tar], s.image.member, s.image.offset, s.image.size, [s.caption]]
-                yield TableRow(ids[i], questions[i] if questions else None, record=record)
-        check_tars_outcome(report, count, MAX_REFUSED_SHARE)
-        if entry.skip >= count:
-            raise DataError(f"skip: expected less than the {count:,} images of {entry.captions}, got {entry.skip}")
+
+        def placed(s: TarSample) -> tuple[ImageRecord, dict[str, Any]]:
+            place = [s.image_id, numbers[s.image.tar], s.image.member, s.image.offset, s.image.size, [s.caption]]
+            return ImageRecord(s.image_id, s.image, [s.caption]), {"record": place}
+
+        found = map(placed, iterate_tars(source, report, verify_images=verify_images, limit=limit))
+        yield from _rows(found, entry, framer, lambda count: check_tars_outcome(report, count, MAX_REFUSED_SHARE))
 
     _make_if_missing(folder, rows, report, framer, log)
     table = TokenTable(folder, name, None)
     table.records = TarRecords(table, tars)
     return table
+
+
+def _rows(
+    found: Iterable[tuple[ImageRecord, dict[str, Any]]], entry: ImageData, framer: Framer, check: Callable[[int], None]
+) -> Iterator[TableRow]:
+    """Rows of the images after the entry's first `skip`; each comes with what its row holds besides ids.  check: of how many there were."""
+    count = 0
+    for chunk in in_chunks(found):
+        wanted = chunk[max(0, entry.skip - count) :]
+        count += len(chunk)
+        rows = _framed([record for record, _ in wanted], framer)
+        yield from (replace(row, **more) for row, (_, more) in zip(rows, wanted, strict=True))
+    check(count)
+    if entry.skip >= count:
+        raise DataError(f"skip: expected less than the {count:,} images of {entry.captions}, got {entry.skip}")
+
+
+def _framed(records: Sequence[ImageRecord], framer: Framer) -> Iterator[TableRow]:
+    ids, questions = framer(records)
+    for i, captions in enumerate(ids):
+        yield TableRow(captions, questions[i] if questions else None)
 
 
 class TarRecords(Sequence):
@@ -156,7 +163,9 @@ class TarRecords(Sequence):
         return ImageRecord(image_id, TarMember(self._tars[tar], member, offset, size), captions)
 
 
-def _make_if_missing(folder: Path, rows: Any, report: RefusalReport, framer: Framer, log: RunLog) -> None:
+def _make_if_missing(
+    folder: Path, rows: Callable[[], Iterator[TableRow]], report: RefusalReport, framer: Framer, log: RunLog
+) -> None:
     """A table that cannot be read is removed, with a line that says so, and made anew."""
     if folder.exists():
         try:

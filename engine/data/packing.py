@@ -13,6 +13,7 @@ Shape letters: R rows, T tokens of a row, P predicted positions, V visual slots.
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,15 +29,15 @@ from .image_order import ImageOrder, image_order
 from .images import sample_rng
 
 
-class CaptionCounts:
+class CaptionCounts(ABC):
     """How many captions each image has: `counts[i]`, and pairs of a range of images."""
 
-    def __getitem__(self, image: int) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def __getitem__(self, image: int) -> int: ...
 
+    @abstractmethod
     def pairs(self, start: int, stop: int, limit: int | None) -> int:
         """Pairs of images `start` to `stop` with at most `limit` captions each."""
-        raise NotImplementedError
 
 
 class ListedCounts(CaptionCounts):

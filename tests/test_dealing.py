@@ -20,7 +20,7 @@ def captioned(seed: int = 0, images: int = 30) -> tuple[CaptionData, list[Group]
         [[int(t) for t in rng.integers(3, 50, rng.integers(4, 16))] for _ in range(rng.integers(1, 6))]
         for _ in range(images)
     ]
-    leads = {i: (1, 7, 8) for i in range(0, images, 3)}
+    leads = dict.fromkeys(range(0, images, 3), (1, 7, 8))
     data = CaptionData("x", [None] * images, ids, leads, {i: [2] * len(ids[i]) for i in leads})
     return data, [Group(i, 0, tuple(range(len(ids[i])))) for i in range(images)]
 

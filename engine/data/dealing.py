@@ -1,8 +1,9 @@
 """How the images of an update are dealt to ranks: nearly equal numbers of tokens, and exactly equal numbers of micro-batches.
 
 Whole groups (an image and its captions) are dealt, longest first, each to the rank with the fewest tokens so far: the fullest rank then has at
-most one group more than the emptiest, and at most 4/3 of the best possible (Graham, SIAM J. Appl. Math. 17(2), 1969).  Every rank deals the whole update and gets the same answer, so nothing is communicated.  Each rank packs its own share into rows; a rank with fewer
-micro-batches than another runs micro-batches without targets for the rest, because a gather inside a forward pass needs all ranks.
+most one group more than the emptiest, and at most 4/3 of the best possible (Graham, SIAM J. Appl. Math. 17(2), 1969).  Every rank deals the
+whole update and gets the same answer, so nothing is communicated.  Each rank packs its own share into rows; a rank with fewer micro-batches than
+another runs micro-batches without targets for the rest, because a gather inside a forward pass needs all ranks.
 """
 
 from __future__ import annotations

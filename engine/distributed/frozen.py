@@ -91,12 +91,14 @@ def place(
         model.llm.is_sharded = "language model" in found
         log.say(f"frozen blocks are sharded over {ranks} ranks: {reason}")
         for name, shards in found.items():
+            of_ranks = runtime.gather(shards.own_bytes)
             log.say(
-                f"{name}: {sum(map(len, shards.runs))} blocks, {shards.own_bytes / MIB:,.1f} of {shards.block_bytes / MIB:,.1f} MiB on each rank, "
+                f"{name}: {sum(map(len, shards.runs))} blocks, at most {max(of_ranks) / MIB:,.1f} of {shards.block_bytes / MIB:,.1f} MiB on a rank, "
                 f"{shards.whole_bytes / MIB:,.1f} MiB beside them whole"
             )
-    else:
-        log.event("distribution", frozen="replicated", ranks=runtime.world_size)
+            log.event(
+                "sharded", part=name, ranks=ranks, block_bytes=shards.block_bytes, rank_bytes=of_ranks, whole_bytes=shards.whole_bytes
+            )
     for module, dtype in ((model, None), (tower, runtime.compute_dtype)):
         move_unsharded(module, runtime.device, dtype)
     return found
@@ -185,7 +187,7 @@ def shard_blocks(
         for at, block in enumerate(run):
             block.set_modules_to_forward_prefetch(run[at + 1 : at + 1 + settings.prefetch_blocks])
             block.set_modules_to_backward_prefetch(run[max(0, at - settings.prefetch_blocks) : at][::-1])
-    own = sum(_bytes(p.to_local()) for block in blocks for p in block.parameters())
+    own = sum(p.to_local().untyped_storage().nbytes() for block in blocks for p in block.parameters())
     return Shards(runs, mesh.size(), block_bytes, own, whole - block_bytes)
 
 

@@ -45,7 +45,7 @@ def use_kernels(asked: Kernels, llm: LanguageModel, tower: VisionTower, runtime:
     # Operation -> why it cannot run (None where it can), and what switches it on.
     operations: dict[str, tuple[str | None, Callable[[], None]]] = {
         "frozen_linear": (
-            _fp8_reason(runtime),
+            _fp8_reason(runtime, llm),
             lambda: _quantise(llm, tower, device, log),
         ),  # first: the others see the new modules
         "prefix_attention": (_prefix_attention_reason(llm, device), lambda: _attend_by_prefix(llm)),
@@ -95,7 +95,9 @@ def _fuse_head(llm: LanguageModel) -> None:
     llm.fuses_head = True
 
 
-def _fp8_reason(runtime: Runtime) -> str | None:
+def _fp8_reason(runtime: Runtime, llm: LanguageModel) -> str | None:
+    if llm.is_sharded:
+        return "distribution.frozen shards the blocks, which FP8 linears cannot be"
     if runtime.device.type == "cpu":
         return "the models are on the CPU, where FP8 is slower than float32"
     return fp8_unsupported_reason(runtime.device)

@@ -450,6 +450,32 @@ class Kernels(_Section):
     )
 
 
+class Distribution(_Section):
+    """What each rank of a run with several keeps; on one process nothing changes.  Any setting may differ from that of the run that is resumed."""
+
+    frozen: Literal["auto", "replicated", "sharded"] = Field(
+        "auto",
+        description="blocks of language model and tower; auto: whole on each GPU where plan's memory model says that everything fits, else in pieces "
+        "over the ranks, gathered block by block (engine/distributed/frozen.py); on the CPU auto is replicated",
+    )
+    shard_over: Literal["world", "node"] = Field(
+        "world", description="ranks that share one copy of sharded blocks: all, or those of a node, so that gathers stay inside it"
+    )
+    cpu_offload: bool = Field(
+        False, description="keep a rank's pieces in the host's memory and copy each block for each use: a last resort; needs frozen: sharded"
+    )
+    optimizer: Literal["replicated", "sharded"] = Field(
+        "replicated", description="AdamW's moments on each rank, or spread over the ranks; results are the same bits"
+    )
+    prefetch_blocks: NonNegative = Field(1, description="sharded blocks gathered ahead of the one that computes")
+
+    @model_validator(mode="after")
+    def _offloads_shards(self) -> Distribution:
+        if self.cpu_offload and self.frozen != "sharded":
+            raise ValueError(f"cpu_offload: expected false unless frozen is sharded, got true with frozen {self.frozen}")
+        return self
+
+
 class TransferRecipe(_Recipe):
     kind: Literal["transfer"] = "transfer"
     arm: str = Field("vpgtrans", description="label by which a report groups runs")
@@ -467,6 +493,7 @@ class TransferRecipe(_Recipe):
     )
     evaluation: Evaluation = Evaluation()
     kernels: Kernels = Kernels()
+    distribution: Distribution = Distribution()
 
     @model_validator(mode="after")
     def _consistent(self) -> TransferRecipe:
@@ -508,6 +535,20 @@ class TransferRecipe(_Recipe):
             )
         if self.data.views > 1 and not (self.data.vision_cache and self.data.transform == "train"):
             raise ValueError("data.views: expected 1 unless data.vision_cache is on and data.transform is 'train'")
+        return self
+
+    @model_validator(mode="after")
+    def _kernels_suit_the_distribution(self) -> TransferRecipe:
+        if self.kernels.frozen_linear == "kernel" and self.distribution.frozen == "sharded":
+            raise ValueError(
+                "kernels.frozen_linear, distribution.frozen: FP8 linears cannot be sharded, got kernel and sharded; set frozen_linear to torch, or "
+                "frozen to replicated"
+            )
+        if self.kernels.adamw_step == "kernel" and self.distribution.optimizer == "sharded":
+            raise ValueError(
+                "kernels.adamw_step, distribution.optimizer: the kernel updates every parameter that has a gradient, got kernel and sharded; set "
+                "adamw_step to torch, or optimizer to replicated"
+            )
         return self
 
 

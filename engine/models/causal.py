@@ -146,7 +146,7 @@ class CausalLanguageModel(LanguageModel):
         config = self.generation_config(settings, bos_token_id=self.special.bos)
         counted = settings.beam_score == "prompt_and_generated"
         with prompt_counts_in_beam_score(self.model, longest, self.ends) if counted else contextlib.nullcontext():
-            return self.model.generate(inputs_embeds=inputs, attention_mask=mask, generation_config=config)
+            return self.model.generate(inputs_embeds=inputs, attention_mask=mask, generation_config=config, synced_gpus=self.is_sharded)
 
     @torch.no_grad()
     def generate_after(

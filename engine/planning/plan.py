@@ -161,7 +161,7 @@ def _remedy(fixed: float, largest: int, device: Device, gpus: int, memory: dict[
     frozen = sum(v for k, v in memory.items() if k.startswith("frozen"))
     text = f"weights, gradients and moments alone take {fixed / GIB:.1f} GiB of {device.memory_bytes / GIB:.1f} GiB; "
     if fixed - frozen + frozen / max(gpus, 8) < 0.8 * device.memory_bytes:
-        text += f"sharding the frozen parts ({frozen / GIB:.1f} GiB) over {max(gpus, 8)} GPUs would fit them, which the engine cannot do yet; "
+        text += f"sharding the frozen parts ({frozen / GIB:.1f} GiB) over {max(gpus, 8)} GPUs would fit them (distribution.frozen=sharded, or auto); "
     return text + "choose a GPU with more memory, a smaller target.llm, or fewer data.row_tokens"
 
 

@@ -35,17 +35,22 @@ class Choice:
     why: str
 
 
-def use_kernels(asked: Kernels, llm: LanguageModel, tower: VisionTower, runtime: Runtime, log: RunLog) -> list[Choice]:
+def use_kernels(
+    asked: Kernels, llm: LanguageModel, tower: VisionTower, runtime: Runtime, log: RunLog, attention: str = "auto"
+) -> list[Choice]:
     """Switch operations on as the recipe asks; models are on the device, and the run looks at `on` for what is not a model's.
 
+    attention: what the recipe says; but for `auto` it takes the place of `asked.prefix_attention`.
     Raises RecipeError where one that is asked for by name cannot run.
     """
+    if attention != "auto":
+        asked = asked.model_copy(update={"prefix_attention": "torch"})
     device = runtime.device
     without_triton = triton_unsupported_reason(device)
     # Operation -> why it cannot run (None where it can), and what switches it on.
     operations: dict[str, tuple[str | None, Callable[[], None]]] = {
         "frozen_linear": (
-            _fp8_reason(runtime, llm),
+            _fp8_reason(device, llm),
             lambda: _quantise(llm, tower, device, log),
         ),  # first: the others see the new modules
         "prefix_attention": (_prefix_attention_reason(llm, device), lambda: _attend_by_prefix(llm)),
@@ -66,7 +71,24 @@ def use_kernels(asked: Kernels, llm: LanguageModel, tower: VisionTower, runtime:
             raise RecipeError(f"kernels.{name}: expected auto or torch here, got kernel: {reason}")
         why = f"kernels.{name} is {setting}" + ("" if on else f"; {reason or 'not measured on a GPU yet'}")
         choices.append(Choice(name, on, name not in INEXACT, why))
+    if attention != "auto":
+        choices.append(_use_attention(attention, llm))
     return choices
+
+
+def _use_attention(attention: str, llm: LanguageModel) -> Choice:
+    """The back end that the recipe names; that it can run here was found out before the models were loaded (back_ends.py)."""
+    if attention == "sdpa":
+        return Choice("packed attention", False, True, "attention is sdpa")
+    reason = "an encoder-decoder has no packed rows"
+    if isinstance(llm, CausalLanguageModel) and (reason := llm.stands_in_for_sdpa_reason()) is None:
+        try:
+            llm.use_back_end(attention)
+        except ModelError as error:
+            reason = str(error)
+    if reason is not None:
+        raise RecipeError(f"attention: expected auto or sdpa here, got {attention}: {reason}")
+    return Choice("packed attention", True, True, f"attention is {attention}")
 
 
 def _prefix_attention_reason(llm: LanguageModel, device: torch.device) -> str | None:
@@ -95,12 +117,15 @@ def _fuse_head(llm: LanguageModel) -> None:
     llm.fuses_head = True
 
 
-def _fp8_reason(runtime: Runtime, llm: LanguageModel) -> str | None:
-    if llm.is_sharded:
-        return "distribution.frozen shards the blocks, which FP8 linears cannot be"
-    if runtime.device.type == "cpu":
+def _fp8_reason(device: torch.device, llm: LanguageModel) -> str | None:
+    return "distribution.frozen shards the blocks, which FP8 linears cannot be" if llm.is_sharded else fp8_reason(device)
+
+
+def fp8_reason(device: torch.device) -> str | None:
+    """Why models on `device` do not use FP8; None where they can.  On the CPU it works, and is no use."""
+    if device.type == "cpu":
         return "the models are on the CPU, where FP8 is slower than float32"
-    return fp8_unsupported_reason(runtime.device)
+    return fp8_unsupported_reason(device)
 
 
 def _quantise(llm: LanguageModel, tower: VisionTower, device: torch.device, log: RunLog) -> None:

@@ -18,8 +18,8 @@ import torch
 import yaml
 from torch import Tensor
 
-from ..kernels.adamw_step import adamw_step
 from . import outcome
+from .back_ends import check_back_ends
 from .checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint, trainable_tensors
 from .data.captioned import open_captioned
 from .data.coco import read_questions
@@ -38,7 +38,7 @@ from .kernel_choice import use_kernels
 from .models.tower import PixelNorm
 from .models.vision import load_tower
 from .models.vlm import VisionLanguageModel
-from .optim import build_adamw, learning_rate, set_learning_rate
+from .optim import build_adamw, learning_rate, set_learning_rate, take_step
 from .recipe import Stage, TransferRecipe, save_recipe
 from .runlog import RunLog, duration
 from .runtime import Runtime, start, stop
@@ -96,6 +96,7 @@ def run(recipe: TransferRecipe) -> dict[str, Any]:
     Raises RecipeError, DataError, ModelError, CheckpointError (before any training) and RunStopped (too many non-finite updates).
     """
     about_loader = check_ffcv(recipe.data) if recipe.data.loader == "ffcv" else None
+    check_back_ends(recipe)
     runtime = start(recipe.device, recipe.precision, recipe.threads, recipe.seed)
     check_layout(recipe.distribution, runtime)
     folder = recipe.output.folder
@@ -180,7 +181,7 @@ def _prepare(recipe: TransferRecipe, runtime: Runtime, log: RunLog, progress: Pr
     outcome.report_refusals(log, recipe.output.folder, val_data)
     data = join(sets)
     place(model, tower, recipe, runtime, log)
-    choices = use_kernels(recipe.kernels, model.llm, tower, runtime, log)
+    choices = use_kernels(recipe.kernels, model.llm, tower, runtime, log, recipe.attention)
     common = {
         "seed": recipe.seed,
         "runtime": runtime,
@@ -340,9 +341,7 @@ def _loop(
             )  # fmt: skip
             set_learning_rate(optimizer, rate)
             loss = _accumulate(this, update, batches, parameters, reduction)
-            result = adamw_step(
-                optimizer, stage.optimizer.clip_norm, loss, impl=None if this.fuses_adamw else "reference"
-            )
+            result = take_step(optimizer, stage.optimizer.clip_norm, loss, this.fuses_adamw)
             norm, bad = result.norm, result.skipped
             optimizer.zero_grad(set_to_none=True)
             skipped_in_a_row = (skipped_in_a_row + 1) * bad

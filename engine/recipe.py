@@ -66,6 +66,9 @@ class _Section(BaseModel):
 class Optimizer(_Section):
     """AdamW as in the authors' code: no decay on parameters with fewer than two dimensions."""
 
+    implementation: Literal["fused", "apex"] = Field(
+        "fused", description="fused: torch's; apex: FusedAdam of NVIDIA's apex, where it is installed (a GPU only)"
+    )
     betas: tuple[float, float] = (0.9, 0.999)
     eps: Rate = 1e-8
     weight_decay: float = Field(0.05, ge=0.0)
@@ -494,6 +497,28 @@ class TransferRecipe(_Recipe):
     evaluation: Evaluation = Evaluation()
     kernels: Kernels = Kernels()
     distribution: Distribution = Distribution()
+    attention: Literal["auto", "sdpa", "flex", "flash", "xformers"] = Field(
+        "auto",
+        description="of a decoder-only language model to packed rows; auto: as kernels.prefix_attention says; sdpa: torch's behind a dense mask; "
+        "flex: torch's FlexAttention; flash, xformers: those packages, where they are installed (a GPU only)",
+    )
+
+    @model_validator(mode="after")
+    def _one_implementation(self) -> TransferRecipe:
+        """A kernel of ours and someone else's implementation of the same operation are not both asked for."""
+        kernel = self.kernels.prefix_attention
+        if self.attention != "auto" and kernel != "auto" and (self.attention, kernel) != ("sdpa", "torch"):
+            raise ValueError(
+                f"attention, kernels.prefix_attention: expected at most one of the two to be named, got {self.attention!r} and {kernel!r}; set one "
+                "to auto"
+            )
+        for index, stage in enumerate(self.stages):
+            if stage.optimizer.implementation == "apex" and self.kernels.adamw_step == "kernel":
+                raise ValueError(
+                    f"stages.{index}.optimizer.implementation, kernels.adamw_step: expected at most one of the two to be named, got 'apex' and "
+                    "'kernel'; set implementation to fused, or adamw_step to auto"
+                )
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> TransferRecipe:

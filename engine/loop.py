@@ -175,7 +175,7 @@ def _prepare(recipe: TransferRecipe, runtime: Runtime, log: RunLog, progress: Pr
     data = join(sets)
     model.to(runtime.device)
     tower.to(runtime.device, runtime.compute_dtype)
-    choices = use_kernels(recipe.kernels, model.llm, tower, runtime, log)
+    choices = use_kernels(recipe.kernels, model, tower, runtime, log)
     common = {
         "seed": recipe.seed,
         "runtime": runtime,

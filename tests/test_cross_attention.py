@@ -22,7 +22,7 @@ def build(queries: int = 3, dtype: torch.dtype = torch.float32, dropout: float =
     torch.manual_seed(5)
     vpg = VPG(CONFIG.model_copy(update={"num_query_tokens": queries, "dropout": dropout}), WIDTH)
     with torch.no_grad():  # an affine and biases that are not the initial ones and zeros
-        for name, parameter in vpg.named_parameters():
+        for parameter in vpg.parameters():
             if parameter.ndim == 1:
                 parameter.add_(torch.randn(parameter.shape) * 0.3)
     return vpg.to(dtype)

@@ -17,6 +17,7 @@ from ..kernels.triton_support import triton_unsupported_reason
 from .models.causal import CausalLanguageModel
 from .models.llm import LanguageModel, ModelError
 from .models.tower import VisionTower
+from .models.vlm import VisionLanguageModel
 from .recipe import Kernels, RecipeError
 from .runlog import RunLog
 from .runtime import Runtime
@@ -36,7 +37,7 @@ class Choice:
 
 
 def use_kernels(
-    asked: Kernels, llm: LanguageModel, tower: VisionTower, runtime: Runtime, log: RunLog, attention: str = "auto"
+    asked: Kernels, model: VisionLanguageModel, tower: VisionTower, runtime: Runtime, log: RunLog, attention: str = "auto"
 ) -> list[Choice]:
     """Switch operations on as the recipe asks; models are on the device, and the run looks at `on` for what is not a model's.
 
@@ -45,7 +46,7 @@ def use_kernels(
     """
     if attention != "auto":
         asked = asked.model_copy(update={"prefix_attention": "torch"})
-    device = runtime.device
+    device, llm = runtime.device, model.llm
     without_triton = triton_unsupported_reason(device)
     # Operation -> why it cannot run (None where it can), and what switches it on.
     operations: dict[str, tuple[str | None, Callable[[], None]]] = {
@@ -54,6 +55,9 @@ def use_kernels(
             lambda: _quantise(llm, tower, device, log),
         ),  # first: the others see the new modules
         "prefix_attention": (_prefix_attention_reason(llm, device), lambda: _attend_by_prefix(llm)),
+        # Its formed keys and values, and on the CPU its latents, are torch's own operations.
+        "qformer_attention": (None, lambda: _fuse_cross_attention(model)),
+        "projector_converter": (_projection_reason(llm, device), lambda: _project_into_rows(model)),
         "prompt_assembly": (_prompt_assembly_reason(llm, device), lambda: _assemble(llm)),
         "linear_cross_entropy": (without_triton or llm.fused_head_unsupported_reason(), lambda: _fuse_head(llm)),
         "adamw_step": (without_triton, lambda: None),
@@ -100,6 +104,20 @@ def _prefix_attention_reason(llm: LanguageModel, device: torch.device) -> str | 
 def _attend_by_prefix(llm: LanguageModel) -> None:
     assert isinstance(llm, CausalLanguageModel)
     llm.use_prefix_attention()
+
+
+def _fuse_cross_attention(model: VisionLanguageModel) -> None:
+    model.vpg.fuses_cross_attention = True
+
+
+def _projection_reason(llm: LanguageModel, device: torch.device) -> str | None:
+    if not isinstance(llm, CausalLanguageModel):
+        return "an encoder-decoder has no packed rows"
+    return triton_unsupported_reason(device)
+
+
+def _project_into_rows(model: VisionLanguageModel) -> None:
+    model.projects_into_rows = True
 
 
 def _prompt_assembly_reason(llm: LanguageModel, device: torch.device) -> str | None:

@@ -181,7 +181,7 @@ def _prepare(recipe: TransferRecipe, runtime: Runtime, log: RunLog, progress: Pr
     outcome.report_refusals(log, recipe.output.folder, val_data)
     data = join(sets)
     place(model, tower, recipe, runtime, log)
-    choices = use_kernels(recipe.kernels, model.llm, tower, runtime, log, recipe.attention)
+    choices = use_kernels(recipe.kernels, model, tower, runtime, log, recipe.attention)
     common = {
         "seed": recipe.seed,
         "runtime": runtime,

@@ -436,6 +436,14 @@ class Kernels(_Section):
         "auto",
         description="attention to packed rows that skips what a caption does not see; torch: sdpa behind a dense mask",
     )
+    qformer_attention: Literal["auto", "kernel", "torch"] = Field(
+        "auto",
+        description="the Q-Former's cross-attention in the form that costs least, tokens cast and normalised once; also on the CPU",
+    )
+    projector_converter: Literal["auto", "kernel", "torch"] = Field(
+        "auto",
+        description="the projector writes soft prompts straight into the packed rows (before prompt_assembly, where both are on)",
+    )
     prompt_assembly: Literal["auto", "kernel", "torch"] = Field(
         "auto",
         description="words and soft prompts written once into the packed rows; torch: a copy of the words, overwritten",

@@ -13,12 +13,17 @@ from torch import Tensor, nn
 
 from ..data.packing import Batch, Group, TokenisedCaptions
 from ..recipe import Generation, TransferData
+from .causal import CausalLanguageModel
 from .llm import LanguageModel
 from .vpg import VPG
 
 
 class VisionLanguageModel(nn.Module):
     """VPG and projector train (or not, by stage); the language model never does.  The tower lives with the data (data/features.py)."""
+
+    projects_into_rows = (
+        False  # whether `kernels.projector_converter` writes soft prompts where the language model reads them
+    )
 
     def __init__(self, vpg: VPG, projector: nn.Linear, llm: LanguageModel):
         super().__init__()
@@ -55,6 +60,9 @@ class VisionLanguageModel(nn.Module):
 
     def loss_sum(self, features: Tensor, batch: Batch) -> Tensor:
         """features (groups, N, image width) of `batch.groups` -> scalar, float32 or wider, summed over `batch.target_count` targets."""
+        if self.projects_into_rows:
+            assert isinstance(self.llm, CausalLanguageModel)
+            return self.llm.loss_sum(self.vpg(features), batch, self.projector)
         return self.llm.loss_sum(self.soft_prompts(features), batch)
 
     @torch.no_grad()

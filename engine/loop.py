@@ -23,7 +23,8 @@ from . import outcome
 from .checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint, trainable_tensors
 from .data.captioned import open_captioned
 from .data.coco import read_questions
-from .data.features import FeatureSource, open_features
+from .data.feature_cache import open_features
+from .data.features import FeatureSource
 from .data.ffcv_loader import FFCVFeatures, check_ffcv
 from .data.packing import Batch, Group, Position, Subset, TokenisedCaptions, UpdateOrder, join
 from .data.stream import Update, UpdateStream
@@ -34,6 +35,7 @@ from .models.tower import PixelNorm
 from .models.vision import load_tower
 from .models.vlm import VisionLanguageModel
 from .optim import build_adamw, learning_rate, set_learning_rate
+from .prompt_cache import stored_prompts
 from .recipe import Stage, TransferRecipe, save_recipe
 from .runlog import RunLog, duration
 from .runtime import Runtime, start, stop
@@ -181,6 +183,8 @@ def _prepare(recipe: TransferRecipe, runtime: Runtime, log: RunLog, progress: Pr
         "runtime": runtime,
         "cache_root": caches if layout.vision_cache else None,
         "log": log,
+        "fill": layout.cache_fill,
+        "precision": layout.cache_precision,
     }
     if layout.loader == "ffcv":
         features: FeatureSource = FFCVFeatures(data, tower, layout.transform, recipe.seed, runtime, fixed)
@@ -270,7 +274,8 @@ def _train_stage(this: Run, index: int, checkpoint: Path | None) -> None:
         )
         if index == 0:
             _evaluate(this, index, stage)
-    _loop(this, index, stage, order, optimizer, tensors, total)
+    with stored_prompts(this, stage, order, total):
+        _loop(this, index, stage, order, optimizer, tensors, total)
     log.end_progress()
     progress.stage_done = True
     _save(this, optimizer)

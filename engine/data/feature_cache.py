@@ -107,19 +107,15 @@ class StoredFeatures(FeatureSource):
         return raw
 
     def finish(self, prepared: Any) -> Any:
+        layout, device = self.table.layout, self.runtime.device
         if not isinstance(prepared, _Absent):
-            return self.table.layout.decode(prepared.to(self.runtime.device, non_blocking=True))
-        raw = self.table.layout.encode(self._compute(prepared.of_inner))
-        if self._stores:
-            unusable = {
-                row: self.unusable[g.image]
-                for row, g in zip(prepared.rows, prepared.groups, strict=True)
-                if g.image in self.unusable
-            }
-            self._store(prepared.rows, raw.cpu(), unusable)
+            return layout.decode(prepared.to(device, non_blocking=True))
+        stored = self.table.read(prepared.rows)  # since it was prepared, another micro-batch or process may have stored them
+        if stored is None:
+            raw = layout.encode(self._compute(prepared.of_inner))
+            self._store(prepared, raw.cpu())
             stored = self.table.read(prepared.rows)  # what another process stored first counts
-            raw = raw if stored is None else stored.to(self.runtime.device)
-        return self.table.layout.decode(raw)
+        return layout.decode(raw if stored is None else stored.to(device))
 
     def settle(self) -> None:
         """Mark the table complete where all of it is there and sound.  Every rank must call it."""
@@ -137,12 +133,18 @@ class StoredFeatures(FeatureSource):
         layout = self.table.layout
         return group.epoch % layout.views * layout.images + group.image
 
-    def _store(self, rows: list[int], raw: Tensor, unusable: dict[int, str]) -> None:
+    def _store(self, absent: _Absent, raw: Tensor) -> None:
+        if not self._stores:
+            return
+        told = zip(absent.rows, absent.groups, strict=True)
+        unusable = {row: self.unusable[group.image] for row, group in told if group.image in self.unusable}
         try:
-            self.table.write(rows, raw, unusable)
+            self.table.write(absent.rows, raw, unusable)
         except OSError as error:
             if self.must_store:
-                raise DataError(f"{self.table.folder}: cannot be written: {error}; free some disk, or set output.cache") from error
+                raise DataError(
+                    f"{self.table.folder}: cannot be written: {error}; free some disk, or set output.cache"
+                ) from error
             self._stores = False
             self.log.warn("cache_not_stored", f"{self.table.folder}: {error}; what is absent is computed each time")
 

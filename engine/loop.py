@@ -24,7 +24,8 @@ from .checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, sav
 from .data.captioned import open_captioned
 from .data.coco import read_questions
 from .data.dealing import group_tokens
-from .data.features import FeatureSource, open_features
+from .data.feature_cache import open_features
+from .data.features import FeatureSource
 from .data.ffcv_loader import FFCVFeatures, check_ffcv
 from .data.packing import Batch, Group, Position, Subset, TokenisedCaptions, UpdateOrder, join
 from .data.stream import Update, UpdateStream
@@ -39,6 +40,7 @@ from .models.tower import PixelNorm
 from .models.vision import load_tower
 from .models.vlm import VisionLanguageModel
 from .optim import build_adamw, learning_rate, set_learning_rate, take_step
+from .prompt_cache import stored_prompts
 from .recipe import Stage, TransferRecipe, save_recipe
 from .runlog import RunLog, duration
 from .runtime import Runtime, start, stop
@@ -187,6 +189,8 @@ def _prepare(recipe: TransferRecipe, runtime: Runtime, log: RunLog, progress: Pr
         "runtime": runtime,
         "cache_root": caches if layout.vision_cache else None,
         "log": log,
+        "fill": layout.cache_fill,
+        "precision": layout.cache_precision,
     }
     if layout.loader == "ffcv":
         features: FeatureSource = FFCVFeatures(data, tower, layout.transform, recipe.seed, runtime, fixed)
@@ -278,7 +282,8 @@ def _train_stage(this: Run, index: int, checkpoint: Path | None) -> None:
         )
         if index == 0:
             _evaluate(this, index, stage)
-    _loop(this, index, stage, order, optimizer, tensors, total)
+    with stored_prompts(this, stage, order, total):
+        _loop(this, index, stage, order, optimizer, tensors, total)
     log.end_progress()
     progress.stage_done = True
     _save(this, optimizer)

@@ -607,6 +607,12 @@ class TransferRecipe(_Recipe):
                 "kernels.adamw_step, distribution.optimizer: the kernel updates every parameter that has a gradient, got kernel and sharded; set "
                 "adamw_step to torch, or optimizer to replicated"
             )
+        for index, stage in enumerate(self.stages):
+            if stage.optimizer.implementation == "apex" and self.distribution.optimizer == "sharded":
+                raise ValueError(
+                    f"stages.{index}.optimizer.implementation, distribution.optimizer: only torch's AdamW is sharded, got apex and sharded; set "
+                    "implementation to fused, or optimizer to replicated"
+                )
         return self
 
     def prompt_cache_fault(self, stage: Stage) -> str | None:

@@ -168,7 +168,9 @@ class StoredFeatures(FeatureSource):
 class StoredPrompts(StoredFeatures):
     """Outputs of a VPG that is frozen and in eval mode, in place of features: `finish` gives a VPGOutput."""
 
-    def __init__(self, identity: Identity, table: FeatureTable, inner: LiveFeatures | StoredFeatures, log: RunLog, vpg: VPG, must_store: bool = False):  # fmt: skip
+    def __init__(
+        self, identity: Identity, table: FeatureTable, inner: LiveFeatures | StoredFeatures, log: RunLog, vpg: VPG, must_store: bool = False
+    ):  # fmt: skip
         super().__init__(identity, table, inner, log, must_store)
         self.vpg = vpg
 

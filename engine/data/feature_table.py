@@ -210,15 +210,18 @@ class FeatureTable:
 
         Returns how many did.  Raises DataError where the table is complete.
         """
-        failed = 0
-        for row in np.flatnonzero(self._from_before & ~self._verified)[rank::world_size].tolist():
-            if not self._is_sound(row, self._stored(row)):
-                self._damage(row)
-                self._set_entry(row, 0)
-                self._from_before[row] = False
-                failed += 1
+        failed = self.failing(rank, world_size)
+        for row in failed:
+            self._damage(row)
+            self._set_entry(row, 0)
+            self._from_before[row] = False
         self.damaged.clear()
-        return failed
+        return len(failed)
+
+    def failing(self, rank: int = 0, world_size: int = 1) -> list[int]:
+        """Rows of `rank`'s share that were there before, have not been read, and fail their checksum."""
+        unread = np.flatnonzero(self._from_before & ~self._verified)[rank::world_size].tolist()
+        return [row for row in unread if not self._is_sound(row, self._stored(row))]
 
     def mark_complete(self) -> None:
         """Bring everything to the disk and say so; only after `verify`."""

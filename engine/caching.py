@@ -79,7 +79,8 @@ def _wanted(recipe: TransferRecipe, runtime: Runtime, root: Path, log: RunLog) -
     if not layout.vision_cache and not stages:
         raise RecipeError(
             "data.vision_cache, data.prompt_cache: expected a cache to build, got a recipe without one; set data.vision_cache=true, or see why "
-            "no stage can keep prompts: " + "; ".join(f"{s.name}: {recipe.prompt_cache_fault(s)}" for s in recipe.stages)
+            "no stage can keep prompts: "
+            + "; ".join(f"{s.name}: {recipe.prompt_cache_fault(s)}" for s in recipe.stages)
         )
     llm = load_tokenizer_only(recipe.target.llm)
     opening = {
@@ -182,7 +183,7 @@ def _table(wanted: list[Wanted], root: Path, runtime: Runtime) -> Table:
     free = disk_free_bytes(root) / GIB
     rates = "no rate is known of this device" if device is None else f"times from rates {device.origin}"
     table = Table(title=f"caches in {root} ({free:,.1f} GiB free); {rates}", title_justify="left")
-    for column in ("cache", "rows there", "GiB whole", "still to build", "spares the recipe's stages", "exact", "folder"):
+    for column in ("cache", "rows there", "GiB whole", "still to build", "spares the recipe's stages", "exact"):
         table.add_column(column, overflow="fold")
     for item in wanted:
         shape, folder = item.identity.layout, item.identity.folder(root)
@@ -191,7 +192,7 @@ def _table(wanted: list[Wanted], root: Path, runtime: Runtime) -> Table:
         table.add_row(
             item.name, f"{there:,} of {shape.rows:,}", f"{shape.bytes / GIB:,.2f}",
             work(item.an_image, shape.rows - there, runtime.world_size), work(item.an_image, item.spared, runtime.world_size) if item.spared else "-",
-            exact, folder.name,
+            exact,
         )  # fmt: skip
     return table
 

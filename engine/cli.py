@@ -15,7 +15,9 @@ EXIT_USAGE = 2
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one sub-command; exit code 0, 2 for a mistake in what was given (one message), 1 for a run that had to stop."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    arguments.sort(key=("--dry-run", "--rebuild", "--check").__contains__)  # last: argparse takes a recipe and its overrides in one run only
+    arguments.sort(
+        key=("--dry-run", "--rebuild", "--check").__contains__
+    )  # last: argparse takes a recipe and its overrides in one run only
     parser = _parser()
     if arguments[:1] == ["report"]:
         from .report import main as report

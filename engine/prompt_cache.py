@@ -48,7 +48,9 @@ def prompt_cache_rows(recipe: TransferRecipe) -> list[tuple[str, bool, bool, str
     """The start-up table's row (saving, on, exact, why)."""
     setting, faults = recipe.data.prompt_cache, {s.name: recipe.prompt_cache_fault(s) for s in recipe.stages}
     possible = [name for name, fault in faults.items() if fault is None]
-    is_exact = recipe.data.cache_precision == "compute" and not (recipe.data.vision_cache and recipe.data.transform == "train")
+    is_exact = recipe.data.cache_precision == "compute" and not (
+        recipe.data.vision_cache and recipe.data.transform == "train"
+    )
     if setting is False:
         why = "data.prompt_cache is off"
     elif possible:

@@ -66,6 +66,9 @@ class _Section(BaseModel):
 class Optimizer(_Section):
     """AdamW as in the authors' code: no decay on parameters with fewer than two dimensions."""
 
+    implementation: Literal["fused", "apex"] = Field(
+        "fused", description="fused: torch's; apex: FusedAdam of NVIDIA's apex, where it is installed (a GPU only)"
+    )
     betas: tuple[float, float] = (0.9, 0.999)
     eps: Rate = 1e-8
     weight_decay: float = Field(0.05, ge=0.0)
@@ -447,6 +450,14 @@ class Kernels(_Section):
         "auto",
         description="attention to packed rows that skips what a caption does not see; torch: sdpa behind a dense mask",
     )
+    qformer_attention: Literal["auto", "kernel", "torch"] = Field(
+        "auto",
+        description="the Q-Former's cross-attention in the form that costs least, tokens cast and normalised once; also on the CPU",
+    )
+    projector_converter: Literal["auto", "kernel", "torch"] = Field(
+        "auto",
+        description="the projector writes soft prompts straight into the packed rows (before prompt_assembly, where both are on)",
+    )
     prompt_assembly: Literal["auto", "kernel", "torch"] = Field(
         "auto",
         description="words and soft prompts written once into the packed rows; torch: a copy of the words, overwritten",
@@ -462,6 +473,32 @@ class Kernels(_Section):
         "auto",
         description="frozen linears of tower and language model in FP8 (not exact; compute capability 9.0); torch: the compute dtype",
     )
+
+
+class Distribution(_Section):
+    """What each rank of a run with several keeps; on one process nothing changes.  Any setting may differ from that of the run that is resumed."""
+
+    frozen: Literal["auto", "replicated", "sharded"] = Field(
+        "auto",
+        description="blocks of language model and tower; auto: whole on each GPU where plan's memory model says that everything fits, else in pieces "
+        "over the ranks, gathered block by block (engine/distributed/frozen.py); on the CPU auto is replicated",
+    )
+    shard_over: Literal["world", "node"] = Field(
+        "world", description="ranks that share one copy of sharded blocks: all, or those of a node, so that gathers stay inside it"
+    )
+    cpu_offload: bool = Field(
+        False, description="keep a rank's pieces in the host's memory and copy each block for each use: a last resort; needs frozen: sharded"
+    )
+    optimizer: Literal["replicated", "sharded"] = Field(
+        "replicated", description="AdamW's moments on each rank, or spread over the ranks; results are the same bits"
+    )
+    prefetch_blocks: NonNegative = Field(1, description="sharded blocks gathered ahead of the one that computes")
+
+    @model_validator(mode="after")
+    def _offloads_shards(self) -> Distribution:
+        if self.cpu_offload and self.frozen != "sharded":
+            raise ValueError(f"cpu_offload: expected false unless frozen is sharded, got true with frozen {self.frozen}")
+        return self
 
 
 class TransferRecipe(_Recipe):
@@ -481,6 +518,29 @@ class TransferRecipe(_Recipe):
     )
     evaluation: Evaluation = Evaluation()
     kernels: Kernels = Kernels()
+    distribution: Distribution = Distribution()
+    attention: Literal["auto", "sdpa", "flex", "flash", "xformers"] = Field(
+        "auto",
+        description="of a decoder-only language model to packed rows; auto: as kernels.prefix_attention says; sdpa: torch's behind a dense mask; "
+        "flex: torch's FlexAttention; flash, xformers: those packages, where they are installed (a GPU only)",
+    )
+
+    @model_validator(mode="after")
+    def _one_implementation(self) -> TransferRecipe:
+        """A kernel of ours and someone else's implementation of the same operation are not both asked for."""
+        kernel = self.kernels.prefix_attention
+        if self.attention != "auto" and kernel != "auto" and (self.attention, kernel) != ("sdpa", "torch"):
+            raise ValueError(
+                f"attention, kernels.prefix_attention: expected at most one of the two to be named, got {self.attention!r} and {kernel!r}; set one "
+                "to auto"
+            )
+        for index, stage in enumerate(self.stages):
+            if stage.optimizer.implementation == "apex" and self.kernels.adamw_step == "kernel":
+                raise ValueError(
+                    f"stages.{index}.optimizer.implementation, kernels.adamw_step: expected at most one of the two to be named, got 'apex' and "
+                    "'kernel'; set implementation to fused, or adamw_step to auto"
+                )
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> TransferRecipe:
@@ -533,6 +593,20 @@ class TransferRecipe(_Recipe):
             for name, fault in faults.items():
                 if fault:
                     raise ValueError(f"data.prompt_cache: cannot be on in the stage {name!r}: {fault}")
+        return self
+
+    @model_validator(mode="after")
+    def _kernels_suit_the_distribution(self) -> TransferRecipe:
+        if self.kernels.frozen_linear == "kernel" and self.distribution.frozen == "sharded":
+            raise ValueError(
+                "kernels.frozen_linear, distribution.frozen: FP8 linears cannot be sharded, got kernel and sharded; set frozen_linear to torch, or "
+                "frozen to replicated"
+            )
+        if self.kernels.adamw_step == "kernel" and self.distribution.optimizer == "sharded":
+            raise ValueError(
+                "kernels.adamw_step, distribution.optimizer: the kernel updates every parameter that has a gradient, got kernel and sharded; set "
+                "adamw_step to torch, or optimizer to replicated"
+            )
         return self
 
     def prompt_cache_fault(self, stage: Stage) -> str | None:

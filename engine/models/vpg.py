@@ -27,6 +27,8 @@ class VPGOutput:
 class VPG(nn.Module):
     """features (B, N, image width) -> soft prompts (B, queries, hidden width).  Names as in transformers' BLIP-2, but for `ln_vision`."""
 
+    fuses_cross_attention = False  # whether `kernels.qformer_attention` reads the image tokens
+
     def __init__(self, config: QFormerConfig, image_width: int, text_branch: bool = False):
         super().__init__()
         self.config = config
@@ -38,7 +40,10 @@ class VPG(nn.Module):
         self.qformer = QFormer(config, image_width, text_branch)
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.qformer(self.query_tokens.expand(features.shape[0], -1, -1), self.ln_vision(features))
+        queries = self.query_tokens.expand(features.shape[0], -1, -1)
+        if self.fuses_cross_attention:
+            return self.qformer(queries, features, norm=self.ln_vision)
+        return self.qformer(queries, self.ln_vision(features))
 
 
 def save_parts(folder: Path, parts: dict[str, nn.Module], config: dict[str, object]) -> None:

@@ -626,7 +626,11 @@ class TransferRecipe(_Recipe):
             return "data.loader is 'ffcv', whose views cannot be had again"
         if data.vision_cache:
             return None
-        random = [e.name for e in data.train if e.name in (stage.data or [e.name]) and (e.transform or data.transform) == "train"]
+        random = [
+            e.name
+            for e in data.train
+            if e.name in (stage.data or [e.name]) and (e.transform or data.transform) == "train"
+        ]
         if random:
             return (
                 f"data.transform 'train' draws a new view of {', '.join(random)} each epoch; set data.vision_cache with data.views, or "

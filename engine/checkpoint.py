@@ -26,7 +26,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-
 FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json")
 
 
@@ -111,13 +110,13 @@ def _not_written(target: Path, snapshot: Snapshot, error: Exception) -> str:
 
 
 class CheckpointWriter:
-    """Writes checkpoints in a thread, one at a time, while training goes on.
+    """Writes checkpoints in a thread, one at a time, while training goes on; in line where `background` is false.
 
     What goes wrong in the thread is raised as SaveError by the next `check`, `save` or `finish`, whichever comes first.
     """
 
-    def __init__(self, root: Path, keep: int):
-        self.root, self.keep = root, keep
+    def __init__(self, root: Path, keep: int, background: bool = True):
+        self.root, self.keep, self.background = root, keep, background
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -127,6 +126,9 @@ class CheckpointWriter:
         """Copy everything to the host, then write it in the background; waits for the save before it, if that still runs."""
         self.finish()
         snapshot = take_snapshot(step, model, optimizer, state)
+        if not self.background:
+            write_snapshot(self.root, snapshot, self.keep)
+            return
         # No daemon: an interpreter that exits waits for it.
         self._thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint")
         self._thread.start()

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..kernels.adamw_step import adamw_step
 from . import outcome
-from .checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint, trainable_tensors
+from .checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, trainable_tensors
 from .data.captioned import open_captioned
 from .data.coco import read_questions
 from .data.features import FeatureSource, open_features
@@ -29,20 +29,18 @@ from .data.packing import Batch, Group, Position, Subset, TokenisedCaptions, Upd
 from .data.stream import Update, UpdateStream
 from .diagnostics import Watch
 from .evaluation import Validator
+from .guards import Guard, guarded
 from .kernel_choice import use_kernels
 from .models.tower import PixelNorm
 from .models.vision import load_tower
 from .models.vlm import VisionLanguageModel
+from .notice import StoppedOnNotice
 from .optim import build_adamw, learning_rate, set_learning_rate
 from .recipe import Stage, TransferRecipe, save_recipe
 from .runlog import RunLog, duration
-from .runtime import Runtime, start, stop
+from .runtime import Runtime
 from .transfer.initialise import Origins, build_model
 from .transfer.merge import norm_ratio, scale_
-
-
-class RunStopped(RuntimeError):
-    """The run cannot go on; its last checkpoint is intact."""
 
 
 @dataclass
@@ -61,6 +59,7 @@ class Progress:
     bad_images: dict[str, str] = field(default_factory=dict)
     captioned_at: int = 0
     stage_done: bool = False
+    evaluation_due: bool = False
     position: dict[str, Any] | None = None
     watch: dict[str, Any] = field(default_factory=dict)
 
@@ -83,15 +82,21 @@ class Run:
     watch: Watch
     progress: Progress
     fuses_adamw: bool = False
+    guard: Guard | None = None
 
 
 def run(recipe: TransferRecipe) -> dict[str, Any]:
     """Train, score and save; returns the summary that is also written to `output.folder/summary.json`.
 
-    Raises RecipeError, DataError, ModelError, CheckpointError (before any training) and RunStopped (too many non-finite updates).
+    Raises RecipeError, DataError, ModelError, CheckpointError, StartError (before any training), RunStopped (too many non-finite updates, a
+    full disk, lost ranks) and StoppedOnNotice (SIGTERM or SIGUSR1; saved).
     """
     about_loader = check_ffcv(recipe.data) if recipe.data.loader == "ffcv" else None
-    runtime = start(recipe.device, recipe.precision, recipe.threads, recipe.seed)
+    with guarded(recipe) as (runtime, guard):
+        return _run(recipe, runtime, guard, about_loader)
+
+
+def _run(recipe: TransferRecipe, runtime: Runtime, guard: Guard, about_loader: str | None) -> dict[str, Any]:
     folder = recipe.output.folder
     found, passed_over = latest_checkpoint(folder / "checkpoints")
     progress = Progress(**_state(found)) if found else Progress()
@@ -102,6 +107,8 @@ def run(recipe: TransferRecipe) -> dict[str, Any]:
         enabled=runtime.is_main,
         tensorboard=recipe.output.tensorboard,
         resume_at=progress.step if found else None,
+        rank_log=guard.rank_log,
+        wandb=recipe.output.wandb,
     )
     for line in passed_over:
         log.warn("checkpoint_passed_over", line)
@@ -110,7 +117,9 @@ def run(recipe: TransferRecipe) -> dict[str, Any]:
             save_recipe(recipe, folder / "recipe.yaml")
         if about_loader:
             log.say(about_loader)
+        guard.at("preparation", progress.step)
         this = _prepare(recipe, runtime, log, progress)
+        this.guard = guard
         if found:
             log.say(f"resumed at update {progress.step:,} ({progress.pairs:,} pairs) from {found}")
         else:
@@ -125,10 +134,11 @@ def run(recipe: TransferRecipe) -> dict[str, Any]:
         first = progress.stage
         for index in range(first, len(recipe.stages)):
             _train_stage(this, index, found if index == first else None)
+        guard.writer.finish()
+        guard.at("final evaluation")
         return outcome.finish(this)
     finally:
         log.close()
-        stop()
 
 
 def _check_same_recipe(recipe: TransferRecipe, folder: Path) -> None:
@@ -136,7 +146,9 @@ def _check_same_recipe(recipe: TransferRecipe, folder: Path) -> None:
     path = folder / "recipe.yaml"
     before = yaml.safe_load(path.read_text()) if path.is_file() else {}
     now = recipe.model_dump(mode="json")
-    changed = [k for k in now if k not in ("output", "threads", "inputs_from") and before.get(k, now[k]) != now[k]]
+    changed = [
+        k for k in now if k not in ("output", "threads", "inputs_from", "guards") and before.get(k, now[k]) != now[k]
+    ]
     if changed:
         raise CheckpointError(
             f"{folder}: holds checkpoints of another recipe; {', '.join(changed)} differ. "
@@ -269,6 +281,7 @@ def _train_stage(this: Run, index: int, checkpoint: Path | None) -> None:
             stage_pairs=total,
         )
         if index == 0:
+            this.guard.at("evaluation")
             _evaluate(this, index, stage)
     _loop(this, index, stage, order, optimizer, tensors, total)
     log.end_progress()
@@ -315,6 +328,8 @@ def _loop(
     skipped_in_a_row = torch.zeros((), device=runtime.device)
     next_eval = _next(progress.stage_pairs, stage.eval_every_pairs)
     next_save = _next(progress.stage_pairs, recipe.output.checkpoint_every_pairs)
+    if progress.evaluation_due and _evaluate_or_leave(this, index, stage, optimizer):
+        return
     started = time.perf_counter()
     stream = UpdateStream(
         order, _lengths(progress.stage_pairs, total, stage.batch_pairs),
@@ -330,6 +345,8 @@ def _loop(
                 warmup=stage.warmup_pairs, warmup_start=stage.warmup_learning_rate,
             )  # fmt: skip
             set_learning_rate(optimizer, rate)
+            this.guard.at("update", progress.step + 1)
+            runtime.seed_update(recipe.seed, progress.step)
             loss = _accumulate(this, update, batches, parameters)
             result = adamw_step(
                 optimizer, stage.optimizer.clip_norm, loss, impl=None if this.fuses_adamw else "reference"
@@ -343,6 +360,7 @@ def _loop(
             progress.pairs += update.pairs
             progress.step += 1
             progress.position = update.position
+            this.guard.record(progress.step, loss, norm, update.groups)
             is_last = progress.stage_pairs >= total
             if (
                 is_last or progress.step % recipe.output.log_every_updates == 0
@@ -352,7 +370,7 @@ def _loop(
                 _log_train(this, index, stage, losses, norm, skipped_in_a_row, rate, total)
             if is_last or progress.stage_pairs >= next_eval:
                 progress.seconds += time.perf_counter() - started
-                enough = _evaluate(this, index, stage)
+                enough = _evaluate_or_leave(this, index, stage, optimizer)
                 next_eval = _next(progress.stage_pairs, stage.eval_every_pairs)
                 started = time.perf_counter()
                 if enough:
@@ -365,6 +383,7 @@ def _loop(
                 _save(this, optimizer)
                 next_save = _next(progress.stage_pairs, recipe.output.checkpoint_every_pairs)
                 started = time.perf_counter()
+            this.guard.after_update(lambda: _save(this, optimizer))
 
 
 def _lengths(done: int, total: int, batch_pairs: int) -> Iterator[int]:
@@ -426,9 +445,11 @@ def _log_train(
             value=skipped,
         )
     if in_a_row >= this.recipe.output.max_skipped_updates:
-        raise RunStopped(
-            f"{int(in_a_row)} updates in a row were not finite, the last at update {progress.step}; lower the learning rate, or use precision=fp32"
+        raise this.guard.stopped(
+            f"{int(in_a_row)} updates in a row were not finite, the last at update {progress.step}; lower the learning rate, or use precision=fp32",
+            this.data.records,
         )
+    this.guard.inspect(log, this.data.records)
     loss = loss_sum / max(counted, 1)
     speed = progress.pairs / max(progress.seconds, 1e-9)
     hours = progress.seconds * this.runtime.world_size / 3600
@@ -444,6 +465,20 @@ def _log_train(
     this.watch.train_loss(index, loss, progress.step, rate)
 
 
+def _evaluate_or_leave(this: Run, index: int, stage: Stage, optimizer) -> bool:
+    """Evaluate; a notice breaks it off: the update before is saved, and the evaluation is the first thing that the resumed run does."""
+    captioned_at = this.progress.captioned_at
+    this.guard.at("evaluation")
+    try:
+        enough = _evaluate(this, index, stage)
+    except StoppedOnNotice:
+        this.progress.captioned_at, this.progress.evaluation_due = captioned_at, True
+        this.guard.save_and_leave(lambda: _save(this, optimizer))
+    this.progress.evaluation_due = False
+    this.guard.at("update")
+    return enough
+
+
 def _evaluate(this: Run, index: int, stage: Stage) -> bool:
     """Score, log, keep the best; True when the stage's patience is used up."""
     progress, settings = this.progress, this.recipe.evaluation
@@ -456,6 +491,7 @@ def _evaluate(this: Run, index: int, stage: Stage) -> bool:
     ):
         scores.update(this.validator.captions(this.model)[0])
         progress.captioned_at = progress.pairs
+    this.guard.at("save")  # what follows is done or not done
     this.log.event(
         "eval", stage=stage.name, step=progress.step, pairs=progress.pairs, seconds=progress.seconds, **scores
     )
@@ -476,15 +512,8 @@ def _save(this: Run, optimizer) -> None:
         "first_loss": watch.first_loss, "warm_up_end": watch.warm_up_end, "diverged": watch.diverged, "regressed": watch.regressed
     }  # fmt: skip
     if this.runtime.is_main:
-        folder, keep = this.recipe.output.folder / "checkpoints", this.recipe.output.keep_checkpoints
-        save_checkpoint(
-            folder,
-            this.progress.step,
-            _trained_so_far(this, this.progress.stage),
-            optimizer,
-            asdict(this.progress),
-            keep,
-        )
+        tensors = _trained_so_far(this, this.progress.stage)
+        this.guard.writer.save(this.progress.step, tensors, optimizer, asdict(this.progress))
 
 
 def _trained_so_far(this: Run, index: int) -> dict[str, Tensor]:

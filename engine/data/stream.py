@@ -20,14 +20,15 @@ from .packing import Batch, Group, UpdateOrder
 
 @dataclass(frozen=True)
 class Update:
-    """One update's plan: pairs and targets over all ranks (of unusable images too), this rank's micro-batches out of how many, and the
-    data position after it."""
+    """One update's plan: pairs and targets over all ranks (of unusable images too), this rank's micro-batches out of how many, the data
+    position after it, and the images with their captions, of all ranks."""
 
     pairs: int
     targets: int
     batch_count: int
     own_batches: int
     position: dict[str, Any]
+    groups: Sequence[Group] = ()
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class UpdateStream:
             batches = self._pack(groups)
             own = batches[self._rank :: self._world_size]
             yield Update(
-                sum(len(g.captions) for g in groups), sum(b.target_count for b in batches), len(batches), len(own), position
+                sum(len(g.captions) for g in groups), sum(b.target_count for b in batches), len(batches), len(own), position, groups
             )  # fmt: skip
             for batch in own:
                 prepared = self._features.prepare(batch.groups)

@@ -140,10 +140,14 @@ class Guard:
                 where = f"rank {rank}: " if self.runtime.world_size > 1 else ""
                 raise StartError(where + of_rank, quiet=not self.runtime.is_main)
 
-    def at(self, phase: str, update: int | None = None) -> None:
-        """What the run does from now on.  Raises StoppedOnNotice where a notice has come and nothing has to be finished first."""
+    def at(self, phase: str, update: int | None = None, on_notice: Callable[[], None] | None = None) -> None:
+        """What the run does from now on.  Raises StoppedOnNotice where a notice has come and nothing has to be finished first.
+
+        on_notice: among several ranks, called in the middle of an evaluation; they leave together after it.
+        """
         self._heartbeat.at(phase, self._heartbeat.update if update is None else update)
-        self._notice.at_once(phase not in DEFERRING)
+        together = phase == "evaluation" and self.runtime.world_size > 1
+        self._notice.at_once(phase not in DEFERRING and not together, on_notice if together else None)
 
     def record(self, update: int, loss: Tensor, norm: Tensor, groups: Sequence[Group]) -> None:
         """Remember an update; loss, norm: scalars on the device, the same on all ranks."""
@@ -222,6 +226,8 @@ class Guard:
                 f"{error.filename or self.folder}: could not be written ({error.strerror}); make room, then start again"
             ) from error
         if is_collective_error(error):
+            if self._notice.received:  # the others have followed the same notice
+                raise _quiet(StoppedOnNotice(f"on {self._notice.received}")) from error
             text = self._lost_ranks(error)
             self._write_crash(error, text)
             raise RunStopped(f"{text}\nmore in {self.folder / 'crash.txt'}") from error
@@ -241,7 +247,7 @@ class Guard:
         lines = "\n  ".join(standing(self.folder / "ranks"))
         console.print(
             f"rank {self.runtime.rank} stands still in update {self._heartbeat.update:,}; after guards.timeout_s={self._settings.timeout_s:g} it "
-            f"gives up.  Where each rank stands:\n  {lines}"
+            f"gives up.  Where each rank stands:\n  {lines}", soft_wrap=True
         )  # fmt: skip
 
     def _write_crash(self, error: BaseException, text: str = "") -> Path | None:

@@ -61,6 +61,7 @@ class Progress:
     stage_done: bool = False
     evaluation_due: bool = False
     position: dict[str, Any] | None = None
+    unlogged: list[float] = field(default_factory=lambda: [0.0] * 3)
     watch: dict[str, Any] = field(default_factory=dict)
 
 
@@ -83,6 +84,7 @@ class Run:
     progress: Progress
     fuses_adamw: bool = False
     guard: Guard | None = None
+    unlogged: Tensor | None = None
 
 
 def run(recipe: TransferRecipe) -> dict[str, Any]:
@@ -266,6 +268,7 @@ def _train_stage(this: Run, index: int, checkpoint: Path | None) -> None:
             None,
             0,
         )
+        progress.unlogged = [0.0] * 3
     order = _order(this, stage)
     total = stage.pairs or round(stage.epochs * order.epoch_pairs)
     log.say(outcome.freeze_table(this.model, this.origins, stage, order, total, recipe.stages))
@@ -324,7 +327,7 @@ def _loop(
     recipe, progress, runtime = this.recipe, this.progress, this.runtime
     parameters = list(tensors.values())
     # Since the last log: sum of the losses, good updates, bad updates.
-    losses = torch.zeros(3, dtype=torch.float64, device=runtime.device)
+    losses = this.unlogged = torch.tensor(progress.unlogged, dtype=torch.float64, device=runtime.device)
     skipped_in_a_row = torch.zeros((), device=runtime.device)
     next_eval = _next(progress.stage_pairs, stage.eval_every_pairs)
     next_save = _next(progress.stage_pairs, recipe.output.checkpoint_every_pairs)
@@ -468,13 +471,17 @@ def _log_train(
 def _evaluate_or_leave(this: Run, index: int, stage: Stage, optimizer) -> bool:
     """Evaluate; a notice breaks it off: the update before is saved, and the evaluation is the first thing that the resumed run does."""
     captioned_at = this.progress.captioned_at
-    this.guard.at("evaluation")
+
+    def save() -> None:
+        this.progress.captioned_at, this.progress.evaluation_due = captioned_at, True
+        _save(this, optimizer)
+        this.progress.evaluation_due = False
+
+    this.guard.at("evaluation", on_notice=save)
     try:
         enough = _evaluate(this, index, stage)
     except StoppedOnNotice:
-        this.progress.captioned_at, this.progress.evaluation_due = captioned_at, True
-        this.guard.save_and_leave(lambda: _save(this, optimizer))
-    this.progress.evaluation_due = False
+        this.guard.save_and_leave(save)
     this.guard.at("update")
     return enough
 
@@ -508,6 +515,7 @@ def _evaluate(this: Run, index: int, stage: Stage) -> bool:
 
 def _save(this: Run, optimizer) -> None:
     watch = this.watch
+    this.progress.unlogged = this.unlogged.tolist()
     this.progress.watch = {
         "first_loss": watch.first_loss, "warm_up_end": watch.warm_up_end, "diverged": watch.diverged, "regressed": watch.regressed
     }  # fmt: skip

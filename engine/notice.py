@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -23,12 +24,14 @@ class StoppedOnNotice(BaseException):
 class Notice:
     """Notices which signal came.  Inside an update it only remembers it; elsewhere it raises StoppedOnNotice at once.
 
-    An evaluation or a cache build can take longer than a scheduler waits, and nothing of theirs has to be saved.
+    An evaluation or a cache build can take longer than a scheduler waits, and nothing of theirs has to be saved.  Among several ranks, none of
+    which can leave an evaluation alone, `on_notice` saves in the middle of it instead.
     """
 
     def __init__(self) -> None:
         self.received: str | None = None
         self._at_once = True
+        self._on_notice: Callable[[], None] | None = None
         self._before: dict[int, Any] = {}
 
     def install(self) -> None:
@@ -41,16 +44,23 @@ class Notice:
             signal.signal(number, handler)
         self._before = {}
 
-    def at_once(self, value: bool) -> None:
-        """Whether to raise as soon as a signal comes; raises now if one has come while they were deferred."""
-        self._at_once = value
-        if value and self.received:
-            self._raise()
+    def at_once(self, value: bool, on_notice: Callable[[], None] | None = None) -> None:
+        """Whether to raise as soon as a signal comes, or what to call then, once; follows at once what came while signals were deferred."""
+        self._at_once, self._on_notice = value, on_notice
+        self._follow()
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         self.received = self.received or signal.Signals(number).name
+        self._follow()
+
+    def _follow(self) -> None:
+        if not self.received:
+            return
         if self._at_once:
             self._raise()
+        if self._on_notice:
+            call, self._on_notice = self._on_notice, None
+            call()
 
     def _raise(self) -> None:
         self._at_once = False  # once: what follows is the saving

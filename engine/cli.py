@@ -282,6 +282,9 @@ def _pretrain(options: argparse.Namespace) -> int:
     from .recipe import load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides, kinds=(options.part,))
+    from .back_ends import check_back_ends
+
+    check_back_ends(recipe)
     if options.part == "lm":
         from .pretrain.lm import main as pretrain
     elif options.part == "vision":

@@ -31,8 +31,8 @@ class Runtime:
         return self.rank == 0
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """bfloat16 compute over float32 master weights on a GPU; nothing on the CPU in float32."""
-        if self.compute_dtype == torch.float32:
+        """bfloat16 compute over float32 master weights on a GPU; nothing where they are one dtype."""
+        if self.compute_dtype in (torch.float32, torch.float64):
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.compute_dtype)
 
@@ -48,14 +48,6 @@ class Runtime:
         if self.world_size > 1:
             dist.all_gather_object(values, value)
         return values
-
-    def seed_update(self, seed: int, update: int) -> None:
-        """Among several ranks, draw this update's dropout from (seed, update, rank), so that a resumed run draws the same.
-
-        One process goes on with its generator, whose state a checkpoint keeps.
-        """
-        if self.world_size > 1:
-            torch.manual_seed(int(np.random.SeedSequence((seed, update, self.rank)).generate_state(1, np.uint64)[0]))
 
     def wait(self) -> None:
         """Until every rank is here."""

@@ -59,6 +59,8 @@ class LanguageModel(nn.Module, ABC):
     # Whether the loss is `kernels.linear_cross_entropy`'s, which never holds the logits of all rows. On the CPU its chunks took 1.2 to 1.5 times
     # as long as torch's own lines at the demo's sizes.
     fuses_head = False
+    # Whether its blocks are in pieces over the ranks (engine/distributed/frozen.py), which then must run equally many steps of generation.
+    is_sharded = False
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str = ""):
         super().__init__()

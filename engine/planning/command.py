@@ -17,6 +17,12 @@ MODEL_OF_TIME = (
     "is whole on every GPU."
 )
 
+LAYOUTS = {
+    "replicated": "frozen parts whole on each",
+    "node": "sharded over a node",
+    "world": "sharded over all GPUs",
+}
+
 
 def main(argv: list[str]) -> int:
     """Plan and print; exit code 0, 2 for a mistake in what was given.  `ValueError`s are the command line's to print."""
@@ -65,6 +71,8 @@ def show(found: dict[str, Any]) -> None:
         ]
         _table(console, f"savings in {stage['name']}", ("saving", "", "GFLOP a pair without", "", "why"), rows)
     _bill(console, found)
+    for stage in found["stages"]:
+        _communication(console, stage)
     _disk(console, found)
     if found["switches"]:
         _table(
@@ -154,6 +162,31 @@ def _bill(console: Console, found: dict[str, Any]) -> None:
     rows.append(("together", "", "", "", "", "", "", f"{found['gpu_hours']:.2f}", money, ""))
     columns = ("part", "pairs", "EFLOP", "pairs/s", "a GPU", "of the peak", "hours", "GPU-hours", "money", "")
     _table(console, "the bill", columns, rows)
+
+
+def _communication(console: Console, stage: dict[str, Any]) -> None:
+    rows = [
+        (
+            f"{r['gpus']}", LAYOUTS[r["layout"]], f"{r['reduced_bytes'] / 1e6:,.0f}", f"{r['gathered_bytes'] / 1e9:,.2f}",
+            f"{1e3 * r['reduce_s']:,.1f}", f"{1e3 * r['gather_s']:,.1f}", f"{1e3 * r['computing_s']:,.0f}", f"{r['hidden_share']:.0%}",
+            f"{r['added_share']:+.1%}",
+        )
+        for r in stage["communication"]
+    ]  # fmt: skip
+    if rows:
+        columns = (
+            "GPUs",
+            "part",
+            "MB reduced",
+            "GB gathered",
+            "ms reducing",
+            "ms gathering",
+            "ms computing",
+            "hidden",
+            "adds",
+        )
+        title = f"communication of a GPU in an update of {stage['name']}, NVLink inside a node of 8, 400 Gb/s a GPU between nodes"
+        _table(console, title, columns, rows)
 
 
 def _disk(console: Console, found: dict[str, Any]) -> None:

@@ -8,10 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..data.packing import DataError
 from ..dry_run import GIB, Plan, make_plan
 from ..recipe import TransferRecipe
+from .communication import Frozen, scaling
 from .costs import StageCosts, StageEstimate, estimate, largest_micro_batch
 from .devices import RESERVED_BYTES, Device, find_device
 from .options import check_options
@@ -112,7 +114,25 @@ def _stage(plan: Plan, index: int, device: Device, gpus: int, price: float | Non
             {"name": s.name, "on": s.is_on, "flops_a_pair_without": s.flops_without, "why": s.why}
             for s in savings(plan.recipe, costs, tower, bool(plan.model.llm.config.is_encoder_decoder))
         ],
+        "communication": _communication(plan, costs, item.pairs, device),
     }  # fmt: skip
+
+
+def _communication(plan: Plan, costs: StageCosts, pairs: int, device: Device) -> list[dict[str, Any]]:
+    """Rows for 8 to 64 GPUs; nothing on the CPU, which has no links of a known rate."""
+    if not device.overlaps:
+        return []
+    size, llm = plan.compute_dtype.itemsize, plan.model.llm
+    with_tower = not plan.recipe.data.vision_cache
+    frozen = Frozen(
+        size * plan.tower.parameter_count * with_tower, _blocks(plan.tower), size * sum(p.numel() for p in llm.parameters()), _blocks(llm)
+    )  # fmt: skip
+    alone = estimate(costs, pairs, device, 1)
+    return scaling(costs, alone.seconds, alone.update_s, frozen, device)
+
+
+def _blocks(part: nn.Module) -> int:
+    return max((len(m) for m in part.modules() if isinstance(m, nn.ModuleList)), default=1)
 
 
 def _utilisation(made: StageEstimate, device: Device, gpus: int) -> float | None:
@@ -141,7 +161,7 @@ def _remedy(fixed: float, largest: int, device: Device, gpus: int, memory: dict[
     frozen = sum(v for k, v in memory.items() if k.startswith("frozen"))
     text = f"weights, gradients and moments alone take {fixed / GIB:.1f} GiB of {device.memory_bytes / GIB:.1f} GiB; "
     if fixed - frozen + frozen / max(gpus, 8) < 0.8 * device.memory_bytes:
-        text += f"sharding the frozen parts ({frozen / GIB:.1f} GiB) over {max(gpus, 8)} GPUs would fit them, which the engine cannot do yet; "
+        text += f"sharding the frozen parts ({frozen / GIB:.1f} GiB) over {max(gpus, 8)} GPUs would fit them (distribution.frozen=sharded, or auto); "
     return text + "choose a GPU with more memory, a smaller target.llm, or fewer data.row_tokens"
 
 

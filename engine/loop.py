@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import outcome
 from .back_ends import check_back_ends
-from .checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint, trainable_tensors
+from .checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, trainable_tensors
 from .data.captioned import open_captioned, open_training
 from .data.coco import read_questions
 from .data.dealing import group_tokens
@@ -36,21 +36,19 @@ from .distributed.reduction import GradientReduction
 from .distributed.seeding import seed_update
 from .distributed.sharded_adamw import ShardedAdamW
 from .evaluation import Validator
+from .guards import Guard, guarded
 from .kernel_choice import use_kernels
 from .models.tower import PixelNorm
 from .models.vision import load_tower
 from .models.vlm import VisionLanguageModel
+from .notice import StoppedOnNotice
 from .optim import build_adamw, learning_rate, set_learning_rate, take_step
 from .prompt_cache import stored_prompts
 from .recipe import ImageData, Stage, TransferRecipe, save_recipe
 from .runlog import RunLog, duration
-from .runtime import Runtime, start, stop
+from .runtime import Runtime
 from .transfer.initialise import Origins, build_model
 from .transfer.merge import norm_ratio, scale_
-
-
-class RunStopped(RuntimeError):
-    """The run cannot go on; its last checkpoint is intact."""
 
 
 @dataclass
@@ -69,7 +67,9 @@ class Progress:
     bad_images: dict[str, str] = field(default_factory=dict)
     captioned_at: int = 0
     stage_done: bool = False
+    evaluation_due: bool = False
     position: dict[str, Any] | None = None
+    unlogged: list[float] = field(default_factory=lambda: [0.0] * 3)
     watch: dict[str, Any] = field(default_factory=dict)
 
 
@@ -91,16 +91,23 @@ class Run:
     watch: Watch
     progress: Progress
     fuses_adamw: bool = False
+    guard: Guard | None = None
+    unlogged: Tensor | None = None
 
 
 def run(recipe: TransferRecipe) -> dict[str, Any]:
     """Train, score and save; returns the summary that is also written to `output.folder/summary.json`.
 
-    Raises RecipeError, DataError, ModelError, CheckpointError (before any training) and RunStopped (too many non-finite updates).
+    Raises RecipeError, DataError, ModelError, CheckpointError, StartError (before any training), RunStopped (too many non-finite updates, a
+    full disk, lost ranks) and StoppedOnNotice (SIGTERM or SIGUSR1; saved).
     """
     about_loader = check_ffcv(recipe.data) if recipe.data.loader == "ffcv" else None
     check_back_ends(recipe)
-    runtime = start(recipe.device, recipe.precision, recipe.threads, recipe.seed)
+    with guarded(recipe) as (runtime, guard):
+        return _run(recipe, runtime, guard, about_loader)
+
+
+def _run(recipe: TransferRecipe, runtime: Runtime, guard: Guard, about_loader: str | None) -> dict[str, Any]:
     check_layout(recipe.distribution, runtime)
     folder = recipe.output.folder
     found, passed_over = latest_checkpoint(folder / "checkpoints")
@@ -112,6 +119,8 @@ def run(recipe: TransferRecipe) -> dict[str, Any]:
         enabled=runtime.is_main,
         tensorboard=recipe.output.tensorboard,
         resume_at=progress.step if found else None,
+        rank_log=guard.rank_log,
+        wandb=recipe.output.wandb,
     )
     for line in passed_over:
         log.warn("checkpoint_passed_over", line)
@@ -120,7 +129,9 @@ def run(recipe: TransferRecipe) -> dict[str, Any]:
             save_recipe(recipe, folder / "recipe.yaml")
         if about_loader:
             log.say(about_loader)
+        guard.at("preparation", progress.step)
         this = _prepare(recipe, runtime, log, progress)
+        this.guard = guard
         if found:
             log.say(f"resumed at update {progress.step:,} ({progress.pairs:,} pairs) from {found}")
         else:
@@ -135,10 +146,11 @@ def run(recipe: TransferRecipe) -> dict[str, Any]:
         first = progress.stage
         for index in range(first, len(recipe.stages)):
             _train_stage(this, index, found if index == first else None)
+        guard.writer.finish()
+        guard.at("final evaluation")
         return outcome.finish(this)
     finally:
         log.close()
-        stop()
 
 
 def _check_same_recipe(recipe: TransferRecipe, folder: Path) -> None:
@@ -146,7 +158,11 @@ def _check_same_recipe(recipe: TransferRecipe, folder: Path) -> None:
     path = folder / "recipe.yaml"
     before = yaml.safe_load(path.read_text()) if path.is_file() else {}
     now = recipe.model_dump(mode="json")
-    changed = [k for k in now if k not in ("output", "threads", "inputs_from", "distribution") and before.get(k, now[k]) != now[k]]
+    changed = [
+        k
+        for k in now
+        if k not in ("output", "threads", "inputs_from", "guards", "distribution") and before.get(k, now[k]) != now[k]
+    ]
     if changed:
         raise CheckpointError(
             f"{folder}: holds checkpoints of another recipe; {', '.join(changed)} differ. "
@@ -264,6 +280,7 @@ def _train_stage(this: Run, index: int, checkpoint: Path | None) -> None:
             None,
             0,
         )
+        progress.unlogged = [0.0] * 3
     order = _order(this, stage)
     total = stage.pairs or round(stage.epochs * order.epoch_pairs)
     log.say(outcome.freeze_table(this.model, this.origins, stage, order, total, recipe.stages))
@@ -279,6 +296,7 @@ def _train_stage(this: Run, index: int, checkpoint: Path | None) -> None:
             stage_pairs=total,
         )
         if index == 0:
+            this.guard.at("evaluation")
             _evaluate(this, index, stage)
     with stored_prompts(this, stage, order, total):
         _loop(this, index, stage, order, optimizer, tensors, total)
@@ -322,10 +340,12 @@ def _loop(
     recipe, progress, runtime = this.recipe, this.progress, this.runtime
     parameters = list(tensors.values())
     # Since the last log: sum of the losses, good updates, bad updates.
-    losses = torch.zeros(3, dtype=torch.float64, device=runtime.device)
+    losses = this.unlogged = torch.tensor(progress.unlogged, dtype=torch.float64, device=runtime.device)
     skipped_in_a_row = torch.zeros((), device=runtime.device)
     next_eval = _next(progress.stage_pairs, stage.eval_every_pairs)
     next_save = _next(progress.stage_pairs, recipe.output.checkpoint_every_pairs)
+    if progress.evaluation_due and _evaluate_or_leave(this, index, stage, optimizer):
+        return
     started = time.perf_counter()
     stream = UpdateStream(
         order, _lengths(progress.stage_pairs, total, stage.batch_pairs),
@@ -343,6 +363,7 @@ def _loop(
                 warmup=stage.warmup_pairs, warmup_start=stage.warmup_learning_rate,
             )  # fmt: skip
             set_learning_rate(optimizer, rate)
+            this.guard.at("update", progress.step + 1)
             loss = _accumulate(this, update, batches, parameters, reduction)
             result = take_step(optimizer, stage.optimizer.clip_norm, loss, this.fuses_adamw)
             norm, bad = result.norm, result.skipped
@@ -354,6 +375,7 @@ def _loop(
             progress.pairs += update.pairs
             progress.step += 1
             progress.position = update.position
+            this.guard.record(progress.step, loss, norm, update.groups)
             is_last = progress.stage_pairs >= total
             if (
                 is_last or progress.step % recipe.output.log_every_updates == 0
@@ -363,7 +385,7 @@ def _loop(
                 _log_train(this, index, stage, losses, norm, skipped_in_a_row, rate, total)
             if is_last or progress.stage_pairs >= next_eval:
                 progress.seconds += time.perf_counter() - started
-                enough = _evaluate(this, index, stage)
+                enough = _evaluate_or_leave(this, index, stage, optimizer)
                 next_eval = _next(progress.stage_pairs, stage.eval_every_pairs)
                 started = time.perf_counter()
                 if enough:
@@ -376,6 +398,7 @@ def _loop(
                 _save(this, optimizer)
                 next_save = _next(progress.stage_pairs, recipe.output.checkpoint_every_pairs)
                 started = time.perf_counter()
+            this.guard.after_update(lambda: _save(this, optimizer))
 
 
 def _lengths(done: int, total: int, batch_pairs: int) -> Iterator[int]:
@@ -441,9 +464,11 @@ def _log_train(
             value=skipped,
         )
     if in_a_row >= this.recipe.output.max_skipped_updates:
-        raise RunStopped(
-            f"{int(in_a_row)} updates in a row were not finite, the last at update {progress.step}; lower the learning rate, or use precision=fp32"
+        raise this.guard.stopped(
+            f"{int(in_a_row)} updates in a row were not finite, the last at update {progress.step}; lower the learning rate, or use precision=fp32",
+            this.data.records,
         )
+    this.guard.inspect(log, this.data.records)
     loss = loss_sum / max(counted, 1)
     speed = progress.pairs / max(progress.seconds, 1e-9)
     hours = progress.seconds * this.runtime.world_size / 3600
@@ -459,6 +484,25 @@ def _log_train(
     this.watch.train_loss(index, loss, progress.step, rate)
 
 
+def _evaluate_or_leave(this: Run, index: int, stage: Stage, optimizer) -> bool:
+    """Evaluate; a notice breaks it off: the update before is saved, and the evaluation is the first thing that the resumed run does."""
+    captioned_at = this.progress.captioned_at
+
+    def save() -> None:
+        this.progress.captioned_at, this.progress.evaluation_due = captioned_at, True
+        _save(this, optimizer)
+        this.progress.evaluation_due = False
+
+    # Among ranks that share the moments, saving takes all of them.
+    this.guard.at("evaluation", on_notice=None if isinstance(optimizer, ShardedAdamW) else save)
+    try:
+        enough = _evaluate(this, index, stage)
+    except StoppedOnNotice:
+        this.guard.save_and_leave(save)
+    this.guard.at("update")
+    return enough
+
+
 def _evaluate(this: Run, index: int, stage: Stage) -> bool:
     """Score, log, keep the best; True when the stage's patience is used up."""
     progress, settings = this.progress, this.recipe.evaluation
@@ -471,6 +515,7 @@ def _evaluate(this: Run, index: int, stage: Stage) -> bool:
     ):
         scores.update(this.validator.captions(this.model)[0])
         progress.captioned_at = progress.pairs
+    this.guard.at("save")  # what follows is done or not done
     this.log.event(
         "eval", stage=stage.name, step=progress.step, pairs=progress.pairs, seconds=progress.seconds, **scores
     )
@@ -487,21 +532,15 @@ def _evaluate(this: Run, index: int, stage: Stage) -> bool:
 
 def _save(this: Run, optimizer) -> None:
     watch = this.watch
+    this.progress.unlogged = this.unlogged.tolist()
     this.progress.watch = {
         "first_loss": watch.first_loss, "warm_up_end": watch.warm_up_end, "diverged": watch.diverged, "regressed": watch.regressed
     }  # fmt: skip
     if isinstance(optimizer, ShardedAdamW):
         optimizer.consolidate()
     if this.runtime.is_main:
-        folder, keep = this.recipe.output.folder / "checkpoints", this.recipe.output.keep_checkpoints
-        save_checkpoint(
-            folder,
-            this.progress.step,
-            _trained_so_far(this, this.progress.stage),
-            optimizer,
-            asdict(this.progress),
-            keep,
-        )
+        tensors = _trained_so_far(this, this.progress.stage)
+        this.guard.writer.save(this.progress.step, tensors, optimizer, asdict(this.progress))
 
 
 def _trained_so_far(this: Run, index: int) -> dict[str, Tensor]:

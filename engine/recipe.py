@@ -426,8 +426,33 @@ class Output(_Section):
     log_every_updates: Positive = 10
     max_skipped_updates: Positive = Field(5, description="stop after this many non-finite updates in a row")
     tensorboard: bool = True
+    wandb: str | None = Field(
+        None,
+        min_length=1,
+        description="name of a Weights & Biases project to send the log to as well; needs the package `wandb`",
+    )
     cache: RecipePath | None = Field(
         None, description="vision caches and token tables, keyed by content; default: `cache` beside output.folder"
+    )
+
+
+class Guards(_Section):
+    """What keeps a run from losing work or going wrong unseen."""
+
+    deterministic: bool = Field(
+        False,
+        description="only algorithms that give the same bits every time; without it two runs on the CPU with one thread agree anyway, on a GPU "
+        "they may not",
+    )
+    timeout_s: Positive = Field(600, description="of a collective, after which a run names where each rank stands")
+    heartbeat_s: Rate = Field(5.0, description="how often each rank writes where it is into output.folder/ranks/")
+    background_saves: bool = Field(
+        True,
+        description="checkpoints are copied to host memory, then written while training goes on; at most one at a time",
+    )
+    spike_deviations: Rate | None = Field(
+        8.0,
+        description="report a loss this many running deviations (and a fifth) above the median of 100 updates; none: no reports",
     )
 
 
@@ -518,6 +543,7 @@ class TransferRecipe(_Recipe):
     )
     evaluation: Evaluation = Evaluation()
     kernels: Kernels = Kernels()
+    guards: Guards = Guards()
     distribution: Distribution = Distribution()
     attention: Literal["auto", "sdpa", "flex", "flash", "xformers"] = Field(
         "auto",

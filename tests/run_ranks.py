@@ -49,8 +49,11 @@ def count_collectives(path: Path) -> None:
 
         return call
 
-    for name in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast"):
+    for name in ("all_reduce", "broadcast"):
         setattr(dist, name, counted(name, getattr(dist, name)))
+    for kind, other in (("all_gather", "into_tensor"), ("reduce_scatter", "tensor")):  # what 2.13 calls single
+        name = f"{kind}_single" if hasattr(dist, f"{kind}_single") else f"{kind}_{other}"
+        setattr(dist, name, counted(kind, getattr(dist, name)))
     accumulate = loop._accumulate
 
     def accumulate_and_write(this, update, *rest):

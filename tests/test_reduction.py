@@ -115,7 +115,7 @@ def test_a_closed_reduction_leaves_gradients_alone():
 
 def test_parameters_of_two_dtypes_are_refused():
     parameters = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2, dtype=torch.float64))]
-    with pytest.raises(ValueError, match="parameters: expected some of one dtype, got .*float32.*float64"):
+    with pytest.raises(ValueError, match=r"parameters: expected some of one dtype, got .*float32.*float64"):
         GradientReduction(parameters, ALONE)
 
 

@@ -18,7 +18,6 @@ from ..data.dealing import deal
 from ..runtime import Runtime
 from .reduction import ALIGNMENT
 
-
 # torch 2.13's name; 2.11 has the other one only, which 2.13 warns of.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 

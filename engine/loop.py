@@ -18,16 +18,18 @@ import torch
 import yaml
 from torch import Tensor
 
-from ..kernels.adamw_step import adamw_step
 from . import outcome
+from .back_ends import check_back_ends
 from .checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint, trainable_tensors
-from .data.captioned import open_captioned
+from .data.captioned import open_captioned, open_training
 from .data.coco import read_questions
 from .data.dealing import group_tokens
-from .data.features import FeatureSource, open_features
+from .data.feature_cache import open_features
+from .data.features import FeatureSource
 from .data.ffcv_loader import FFCVFeatures, check_ffcv
-from .data.packing import Batch, Group, Position, Subset, TokenisedCaptions, UpdateOrder, join
+from .data.packing import Batch, Group, Position, Subset, TokenisedCaptions, UpdateOrder
 from .data.stream import Update, UpdateStream
+from .data.token_table import TokenTable
 from .diagnostics import Watch
 from .distributed.frozen import check_layout, place
 from .distributed.reduction import GradientReduction
@@ -38,8 +40,9 @@ from .kernel_choice import use_kernels
 from .models.tower import PixelNorm
 from .models.vision import load_tower
 from .models.vlm import VisionLanguageModel
-from .optim import build_adamw, learning_rate, set_learning_rate
-from .recipe import Stage, TransferRecipe, save_recipe
+from .optim import build_adamw, learning_rate, set_learning_rate, take_step
+from .prompt_cache import stored_prompts
+from .recipe import ImageData, Stage, TransferRecipe, save_recipe
 from .runlog import RunLog, duration
 from .runtime import Runtime, start, stop
 from .transfer.initialise import Origins, build_model
@@ -96,6 +99,7 @@ def run(recipe: TransferRecipe) -> dict[str, Any]:
     Raises RecipeError, DataError, ModelError, CheckpointError (before any training) and RunStopped (too many non-finite updates).
     """
     about_loader = check_ffcv(recipe.data) if recipe.data.loader == "ffcv" else None
+    check_back_ends(recipe)
     runtime = start(recipe.device, recipe.precision, recipe.threads, recipe.seed)
     check_layout(recipe.distribution, runtime)
     folder = recipe.output.folder
@@ -167,25 +171,24 @@ def _prepare(recipe: TransferRecipe, runtime: Runtime, log: RunLog, progress: Pr
     opening = {
         "max_text_tokens": layout.max_text_tokens, "seed": recipe.seed, "verify_images": layout.verify_images, "cache_root": caches, "log": log,
     }  # fmt: skip
-    sets, subsets, fixed, at = [], {}, [], 0
-    for entry in layout.train:
+
+    def opened(entry: ImageData) -> TokenTable:
         captions = open_captioned(entry, model.llm, **opening)
         outcome.report_refusals(log, recipe.output.folder, captions)
-        sets.append(captions)
-        subsets[entry.name] = Subset(at, at + len(captions), entry.weight or 1.0), entry.weight
-        if entry.transform == "eval":
-            fixed.append(range(at, at + len(captions)))
-        at += len(captions)
+        return captions
+
+    data, subsets, fixed = open_training(layout.train, opened)
     val_data = open_captioned(layout.val, model.llm, **opening, name=f"{layout.val.name}-val")
     outcome.report_refusals(log, recipe.output.folder, val_data)
-    data = join(sets)
     place(model, tower, recipe, runtime, log)
-    choices = use_kernels(recipe.kernels, model.llm, tower, runtime, log)
+    choices = use_kernels(recipe.kernels, model, tower, runtime, log, recipe.attention)
     common = {
         "seed": recipe.seed,
         "runtime": runtime,
         "cache_root": caches if layout.vision_cache else None,
         "log": log,
+        "fill": layout.cache_fill,
+        "precision": layout.cache_precision,
     }
     if layout.loader == "ffcv":
         features: FeatureSource = FFCVFeatures(data, tower, layout.transform, recipe.seed, runtime, fixed)
@@ -277,7 +280,8 @@ def _train_stage(this: Run, index: int, checkpoint: Path | None) -> None:
         )
         if index == 0:
             _evaluate(this, index, stage)
-    _loop(this, index, stage, order, optimizer, tensors, total)
+    with stored_prompts(this, stage, order, total):
+        _loop(this, index, stage, order, optimizer, tensors, total)
     log.end_progress()
     progress.stage_done = True
     _save(this, optimizer)
@@ -340,9 +344,7 @@ def _loop(
             )  # fmt: skip
             set_learning_rate(optimizer, rate)
             loss = _accumulate(this, update, batches, parameters, reduction)
-            result = adamw_step(
-                optimizer, stage.optimizer.clip_norm, loss, impl=None if this.fuses_adamw else "reference"
-            )
+            result = take_step(optimizer, stage.optimizer.clip_norm, loss, this.fuses_adamw)
             norm, bad = result.norm, result.skipped
             optimizer.zero_grad(set_to_none=True)
             skipped_in_a_row = (skipped_in_a_row + 1) * bad

@@ -19,6 +19,7 @@ from .kernel_choice import Choice
 from .models.opening import read_projector, read_vpg
 from .models.vlm import VisionLanguageModel
 from .models.vpg import save_parts
+from .prompt_cache import prompt_cache_rows
 from .recipe import Stage, TransferRecipe
 from .runlog import RunLog, duration
 from .scoring.record import result_record
@@ -106,9 +107,10 @@ def print_savings(log: RunLog, recipe: TransferRecipe, model: VisionLanguageMode
         (
             "vision cache",
             cached,
-            not augmented,
-            f"{data.views} stored view(s)" if cached else "data.vision_cache is off",
+            not augmented and data.cache_precision == "compute",
+            f"{data.views} stored view(s), {data.cache_precision} precision" if cached else "data.vision_cache is off",
         ),
+        *prompt_cache_rows(recipe),
         (
             "scaled JPEG decoding",
             data.decode == "fast" and decoder_missing is None,

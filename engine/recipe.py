@@ -66,6 +66,9 @@ class _Section(BaseModel):
 class Optimizer(_Section):
     """AdamW as in the authors' code: no decay on parameters with fewer than two dimensions."""
 
+    implementation: Literal["fused", "apex"] = Field(
+        "fused", description="fused: torch's; apex: FusedAdam of NVIDIA's apex, where it is installed (a GPU only)"
+    )
     betas: tuple[float, float] = (0.9, 0.999)
     eps: Rate = 1e-8
     weight_decay: float = Field(0.05, ge=0.0)
@@ -165,6 +168,18 @@ class TransferData(_Section):
     vision_cache: bool = Field(
         False, description="compute the frozen tower once an image (and view) and memory-map its outputs"
     )
+    cache_fill: Literal["ahead", "first_epoch"] = Field(
+        "ahead", description="of the vision cache: before training, or each row when it is first asked for"
+    )
+    cache_precision: Literal["compute", "fp8"] = Field(
+        "compute",
+        description="of what caches hold: compute is exact; fp8 (e4m3, one scale a token) takes half of bfloat16's disk and is not",
+    )
+    prompt_cache: Literal["auto"] | bool = Field(
+        "auto",
+        description="keep the outputs of the frozen Q-Former in stages that train the projector alone; auto: where that can be, and a stage would "
+        "read at least a tenth of them again",
+    )
     verify_images: Literal["none", "header", "full"] = Field(
         "full",
         description="full: decode every image once before training, so that none stops an epoch; header is quicker for large sets",
@@ -195,6 +210,8 @@ class TransferData(_Section):
                 raise ValueError(
                     f"{key}: expected {native!r}, because loader is 'ffcv', which has no such thing, got {value!r}"
                 )
+        if self.prompt_cache is True:
+            raise ValueError("prompt_cache: expected auto or false, because loader is 'ffcv', got True")
         for index, entry in enumerate(self.train):
             if entry.format not in ("auto", "pack"):
                 raise ValueError(
@@ -433,6 +450,14 @@ class Kernels(_Section):
         "auto",
         description="attention to packed rows that skips what a caption does not see; torch: sdpa behind a dense mask",
     )
+    qformer_attention: Literal["auto", "kernel", "torch"] = Field(
+        "auto",
+        description="the Q-Former's cross-attention in the form that costs least, tokens cast and normalised once; also on the CPU",
+    )
+    projector_converter: Literal["auto", "kernel", "torch"] = Field(
+        "auto",
+        description="the projector writes soft prompts straight into the packed rows (before prompt_assembly, where both are on)",
+    )
     prompt_assembly: Literal["auto", "kernel", "torch"] = Field(
         "auto",
         description="words and soft prompts written once into the packed rows; torch: a copy of the words, overwritten",
@@ -494,6 +519,28 @@ class TransferRecipe(_Recipe):
     evaluation: Evaluation = Evaluation()
     kernels: Kernels = Kernels()
     distribution: Distribution = Distribution()
+    attention: Literal["auto", "sdpa", "flex", "flash", "xformers"] = Field(
+        "auto",
+        description="of a decoder-only language model to packed rows; auto: as kernels.prefix_attention says; sdpa: torch's behind a dense mask; "
+        "flex: torch's FlexAttention; flash, xformers: those packages, where they are installed (a GPU only)",
+    )
+
+    @model_validator(mode="after")
+    def _one_implementation(self) -> TransferRecipe:
+        """A kernel of ours and someone else's implementation of the same operation are not both asked for."""
+        kernel = self.kernels.prefix_attention
+        if self.attention != "auto" and kernel != "auto" and (self.attention, kernel) != ("sdpa", "torch"):
+            raise ValueError(
+                f"attention, kernels.prefix_attention: expected at most one of the two to be named, got {self.attention!r} and {kernel!r}; set one "
+                "to auto"
+            )
+        for index, stage in enumerate(self.stages):
+            if stage.optimizer.implementation == "apex" and self.kernels.adamw_step == "kernel":
+                raise ValueError(
+                    f"stages.{index}.optimizer.implementation, kernels.adamw_step: expected at most one of the two to be named, got 'apex' and "
+                    "'kernel'; set implementation to fused, or adamw_step to auto"
+                )
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> TransferRecipe:
@@ -535,6 +582,17 @@ class TransferRecipe(_Recipe):
             )
         if self.data.views > 1 and not (self.data.vision_cache and self.data.transform == "train"):
             raise ValueError("data.views: expected 1 unless data.vision_cache is on and data.transform is 'train'")
+        if self.data.cache_fill != "ahead" and not self.data.vision_cache:
+            raise ValueError("data.cache_fill: expected 'ahead' unless data.vision_cache is on, got 'first_epoch'")
+        if self.data.prompt_cache is True:
+            faults = {s.name: self.prompt_cache_fault(s) for s in self.stages if s.trains == "projector"}
+            if not faults:
+                raise ValueError(
+                    "data.prompt_cache: expected a stage with trains: projector, because a VPG that trains has nothing to keep; set it to auto"
+                )
+            for name, fault in faults.items():
+                if fault:
+                    raise ValueError(f"data.prompt_cache: cannot be on in the stage {name!r}: {fault}")
         return self
 
     @model_validator(mode="after")
@@ -549,7 +607,36 @@ class TransferRecipe(_Recipe):
                 "kernels.adamw_step, distribution.optimizer: the kernel updates every parameter that has a gradient, got kernel and sharded; set "
                 "adamw_step to torch, or optimizer to replicated"
             )
+        for index, stage in enumerate(self.stages):
+            if stage.optimizer.implementation == "apex" and self.distribution.optimizer == "sharded":
+                raise ValueError(
+                    f"stages.{index}.optimizer.implementation, distribution.optimizer: only torch's AdamW is sharded, got apex and sharded; set "
+                    "implementation to fused, or optimizer to replicated"
+                )
         return self
+
+    def prompt_cache_fault(self, stage: Stage) -> str | None:
+        """Why the outputs of the Q-Former cannot be kept in a stage, naming the settings; None where they can."""
+        data = self.data
+        if stage.trains != "projector":
+            return f"the VPG trains (stages.{stage.name}.trains is {stage.trains!r})"
+        if stage.frozen_dropout:
+            return "frozen_dropout draws them anew each time; set frozen_dropout of the stage to false, or data.prompt_cache to auto"
+        if data.loader == "ffcv":
+            return "data.loader is 'ffcv', whose views cannot be had again"
+        if data.vision_cache:
+            return None
+        random = [
+            e.name
+            for e in data.train
+            if e.name in (stage.data or [e.name]) and (e.transform or data.transform) == "train"
+        ]
+        if random:
+            return (
+                f"data.transform 'train' draws a new view of {', '.join(random)} each epoch; set data.vision_cache with data.views, or "
+                "data.transform=eval"
+            )
+        return None
 
 
 class TextData(_Section):

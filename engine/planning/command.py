@@ -194,7 +194,8 @@ def _disk(console: Console, found: dict[str, Any]) -> None:
     cache = "on" if disk["vision_cache"] else "off; were it on"
     console.print(
         f"Disk for {disk['images']:,} training images: vision cache ({cache}) {disk['vision_cache_bytes'] / 1e9:,.1f} GB "
-        f"({disk['views']} view(s) of {disk['vision_cache_bytes_an_image'] / 1e3:,.0f} kB), packed JPEGs {disk['pack_bytes'] / 1e9:,.1f} GB, "
+        f"({disk['views']} view(s) of {disk['vision_cache_bytes_an_image'] / 1e3:,.0f} kB), prompt cache ({'on' if disk['prompt_cache'] else 'off; were it on'}) "
+        f"{disk['prompt_cache_bytes'] / 1e9:,.1f} GB, packed JPEGs {disk['pack_bytes'] / 1e9:,.1f} GB, "
         f"token tables {disk['token_table_bytes'] / 1e9:,.2f} GB.\n",
         markup=False,
     )

@@ -17,6 +17,7 @@ from ..kernels.triton_support import triton_unsupported_reason
 from .models.causal import CausalLanguageModel
 from .models.llm import LanguageModel, ModelError
 from .models.tower import VisionTower
+from .models.vlm import VisionLanguageModel
 from .recipe import Kernels, RecipeError
 from .runlog import RunLog
 from .runtime import Runtime
@@ -36,7 +37,7 @@ class Choice:
 
 
 def use_kernels(
-    asked: Kernels, llm: LanguageModel, tower: VisionTower, runtime: Runtime, log: RunLog, attention: str = "auto"
+    asked: Kernels, model: VisionLanguageModel, tower: VisionTower, runtime: Runtime, log: RunLog, attention: str = "auto"
 ) -> list[Choice]:
     """Switch operations on as the recipe asks; models are on the device, and the run looks at `on` for what is not a model's.
 
@@ -45,15 +46,18 @@ def use_kernels(
     """
     if attention != "auto":
         asked = asked.model_copy(update={"prefix_attention": "torch"})
-    device = runtime.device
+    device, llm = runtime.device, model.llm
     without_triton = triton_unsupported_reason(device)
     # Operation -> why it cannot run (None where it can), and what switches it on.
     operations: dict[str, tuple[str | None, Callable[[], None]]] = {
         "frozen_linear": (
-            fp8_reason(device),
+            _fp8_reason(device, llm),
             lambda: _quantise(llm, tower, device, log),
         ),  # first: the others see the new modules
         "prefix_attention": (_prefix_attention_reason(llm, device), lambda: _attend_by_prefix(llm)),
+        # Its formed keys and values, and on the CPU its latents, are torch's own operations.
+        "qformer_attention": (None, lambda: _fuse_cross_attention(model)),
+        "projector_converter": (_projection_reason(llm, device), lambda: _project_into_rows(model)),
         "prompt_assembly": (_prompt_assembly_reason(llm, device), lambda: _assemble(llm)),
         "linear_cross_entropy": (without_triton or llm.fused_head_unsupported_reason(), lambda: _fuse_head(llm)),
         "adamw_step": (without_triton, lambda: None),
@@ -102,6 +106,20 @@ def _attend_by_prefix(llm: LanguageModel) -> None:
     llm.use_prefix_attention()
 
 
+def _fuse_cross_attention(model: VisionLanguageModel) -> None:
+    model.vpg.fuses_cross_attention = True
+
+
+def _projection_reason(llm: LanguageModel, device: torch.device) -> str | None:
+    if not isinstance(llm, CausalLanguageModel):
+        return "an encoder-decoder has no packed rows"
+    return triton_unsupported_reason(device)
+
+
+def _project_into_rows(model: VisionLanguageModel) -> None:
+    model.projects_into_rows = True
+
+
 def _prompt_assembly_reason(llm: LanguageModel, device: torch.device) -> str | None:
     if not isinstance(llm, CausalLanguageModel):
         return "an encoder-decoder has no packed rows"
@@ -115,6 +133,10 @@ def _assemble(llm: LanguageModel) -> None:
 
 def _fuse_head(llm: LanguageModel) -> None:
     llm.fuses_head = True
+
+
+def _fp8_reason(device: torch.device, llm: LanguageModel) -> str | None:
+    return "distribution.frozen shards the blocks, which FP8 linears cannot be" if llm.is_sharded else fp8_reason(device)
 
 
 def fp8_reason(device: torch.device) -> str | None:
@@ -132,3 +154,17 @@ def _quantise(llm: LanguageModel, tower: VisionTower, device: torch.device, log:
     ):
         for line in quantise_frozen_(module, run=forward).lines():
             log.say(f"{name}: {line}")
+
+
+def quantise_tower(asked: Kernels, tower: VisionTower, runtime: Runtime) -> None:
+    """Leave the tower as `use_kernels` leaves it, so that its caches have the run's key; RecipeError as there."""
+    reason = fp8_reason(runtime.device)
+    if asked.frozen_linear == "kernel" and reason is not None:
+        raise RecipeError(f"kernels.frozen_linear: expected auto or torch here, got kernel: {reason}")
+    if asked.frozen_linear == "kernel" or (
+        asked.frozen_linear == "auto" and "frozen_linear" in MEASURED and reason is None
+    ):
+        pixels = torch.zeros(
+            1, 3, tower.image_size, tower.image_size, device=runtime.device, dtype=runtime.compute_dtype
+        )
+        quantise_frozen_(tower.module, run=lambda: tower.features(pixels))

@@ -21,20 +21,28 @@ from torch import Tensor
 from . import outcome
 from .back_ends import check_back_ends
 from .checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint, trainable_tensors
-from .data.captioned import open_captioned
+from .data.captioned import open_captioned, open_training
 from .data.coco import read_questions
-from .data.features import FeatureSource, open_features
+from .data.dealing import group_tokens
+from .data.feature_cache import open_features
+from .data.features import FeatureSource
 from .data.ffcv_loader import FFCVFeatures, check_ffcv
-from .data.packing import Batch, Group, Position, Subset, TokenisedCaptions, UpdateOrder, join
+from .data.packing import Batch, Group, Position, Subset, TokenisedCaptions, UpdateOrder
 from .data.stream import Update, UpdateStream
+from .data.token_table import TokenTable
 from .diagnostics import Watch
+from .distributed.frozen import check_layout, place
+from .distributed.reduction import GradientReduction
+from .distributed.seeding import seed_update
+from .distributed.sharded_adamw import ShardedAdamW
 from .evaluation import Validator
 from .kernel_choice import use_kernels
 from .models.tower import PixelNorm
 from .models.vision import load_tower
 from .models.vlm import VisionLanguageModel
 from .optim import build_adamw, learning_rate, set_learning_rate, take_step
-from .recipe import Stage, TransferRecipe, save_recipe
+from .prompt_cache import stored_prompts
+from .recipe import ImageData, Stage, TransferRecipe, save_recipe
 from .runlog import RunLog, duration
 from .runtime import Runtime, start, stop
 from .transfer.initialise import Origins, build_model
@@ -93,6 +101,7 @@ def run(recipe: TransferRecipe) -> dict[str, Any]:
     about_loader = check_ffcv(recipe.data) if recipe.data.loader == "ffcv" else None
     check_back_ends(recipe)
     runtime = start(recipe.device, recipe.precision, recipe.threads, recipe.seed)
+    check_layout(recipe.distribution, runtime)
     folder = recipe.output.folder
     found, passed_over = latest_checkpoint(folder / "checkpoints")
     progress = Progress(**_state(found)) if found else Progress()
@@ -133,11 +142,11 @@ def run(recipe: TransferRecipe) -> dict[str, Any]:
 
 
 def _check_same_recipe(recipe: TransferRecipe, folder: Path) -> None:
-    """A folder with checkpoints goes on only with the recipe that made them; `output` and `threads` may differ."""
+    """A folder with checkpoints goes on only with the recipe that made them; `output`, `threads` and `distribution` may differ."""
     path = folder / "recipe.yaml"
     before = yaml.safe_load(path.read_text()) if path.is_file() else {}
     now = recipe.model_dump(mode="json")
-    changed = [k for k in now if k not in ("output", "threads", "inputs_from") and before.get(k, now[k]) != now[k]]
+    changed = [k for k in now if k not in ("output", "threads", "inputs_from", "distribution") and before.get(k, now[k]) != now[k]]
     if changed:
         raise CheckpointError(
             f"{folder}: holds checkpoints of another recipe; {', '.join(changed)} differ. "
@@ -162,26 +171,24 @@ def _prepare(recipe: TransferRecipe, runtime: Runtime, log: RunLog, progress: Pr
     opening = {
         "max_text_tokens": layout.max_text_tokens, "seed": recipe.seed, "verify_images": layout.verify_images, "cache_root": caches, "log": log,
     }  # fmt: skip
-    sets, subsets, fixed, at = [], {}, [], 0
-    for entry in layout.train:
+
+    def opened(entry: ImageData) -> TokenTable:
         captions = open_captioned(entry, model.llm, **opening)
         outcome.report_refusals(log, recipe.output.folder, captions)
-        sets.append(captions)
-        subsets[entry.name] = Subset(at, at + len(captions), entry.weight or 1.0), entry.weight
-        if entry.transform == "eval":
-            fixed.append(range(at, at + len(captions)))
-        at += len(captions)
+        return captions
+
+    data, subsets, fixed = open_training(layout.train, opened)
     val_data = open_captioned(layout.val, model.llm, **opening, name=f"{layout.val.name}-val")
     outcome.report_refusals(log, recipe.output.folder, val_data)
-    data = join(sets)
-    model.to(runtime.device)
-    tower.to(runtime.device, runtime.compute_dtype)
-    choices = use_kernels(recipe.kernels, model.llm, tower, runtime, log, recipe.attention)
+    place(model, tower, recipe, runtime, log)
+    choices = use_kernels(recipe.kernels, model, tower, runtime, log, recipe.attention)
     common = {
         "seed": recipe.seed,
         "runtime": runtime,
         "cache_root": caches if layout.vision_cache else None,
         "log": log,
+        "fill": layout.cache_fill,
+        "precision": layout.cache_precision,
     }
     if layout.loader == "ffcv":
         features: FeatureSource = FFCVFeatures(data, tower, layout.transform, recipe.seed, runtime, fixed)
@@ -200,7 +207,7 @@ def _prepare(recipe: TransferRecipe, runtime: Runtime, log: RunLog, progress: Pr
     _measure_converter(model, origins, features, len(data.ids), watch, log, recipe)
     return Run(
         recipe, runtime, log, model, origins, data, subsets, features, tower.image_size, tower.norm, validator, watch, progress,
-        fuses_adamw=any(c.on for c in choices if c.name == "adamw_step"),
+        fuses_adamw=any(c.on for c in choices if c.name == "adamw_step") and recipe.distribution.optimizer != "sharded",
     )  # fmt: skip
 
 
@@ -242,6 +249,8 @@ def _train_stage(this: Run, index: int, checkpoint: Path | None) -> None:
     this.model.freeze_for(stage.trains, stage.frozen_dropout)
     tensors = trainable_tensors(this.model)
     optimizer = build_adamw(tensors.items(), stage.optimizer)
+    if recipe.distribution.optimizer == "sharded" and this.runtime.world_size > 1:
+        optimizer = ShardedAdamW(optimizer, this.runtime)
     if checkpoint:
         load_checkpoint(checkpoint, _trained_so_far(this, index), optimizer)
         if progress.stage_done:
@@ -271,7 +280,8 @@ def _train_stage(this: Run, index: int, checkpoint: Path | None) -> None:
         )
         if index == 0:
             _evaluate(this, index, stage)
-    _loop(this, index, stage, order, optimizer, tensors, total)
+    with stored_prompts(this, stage, order, total):
+        _loop(this, index, stage, order, optimizer, tensors, total)
     log.end_progress()
     progress.stage_done = True
     _save(this, optimizer)
@@ -323,15 +333,17 @@ def _loop(
             groups, this.data, recipe.data, fixed_shape=runtime.device.type == "cuda", split_seed=recipe.seed
         ),
         this.features, rank=runtime.rank, world_size=runtime.world_size, depth=recipe.data.prefetch_batches,
+        tokens=lambda g: group_tokens(g, this.data, this.model.queries, not this.model.llm.is_encoder_decoder),
     )  # fmt: skip
-    with contextlib.closing(stream):
+    reduction = GradientReduction(parameters, runtime) if runtime.world_size > 1 else None
+    with contextlib.closing(stream), contextlib.closing(reduction) if reduction else contextlib.nullcontext():
         for update, batches in stream:
             rate = learning_rate(
                 progress.stage_pairs, total, stage.learning_rate, schedule=stage.schedule, minimum=stage.min_learning_rate,
                 warmup=stage.warmup_pairs, warmup_start=stage.warmup_learning_rate,
             )  # fmt: skip
             set_learning_rate(optimizer, rate)
-            loss = _accumulate(this, update, batches, parameters)
+            loss = _accumulate(this, update, batches, parameters, reduction)
             result = take_step(optimizer, stage.optimizer.clip_norm, loss, this.fuses_adamw)
             norm, bad = result.norm, result.skipped
             optimizer.zero_grad(set_to_none=True)
@@ -373,14 +385,20 @@ def _lengths(done: int, total: int, batch_pairs: int) -> Iterator[int]:
         done += min(batch_pairs, total - done)
 
 
-def _accumulate(this: Run, update: Update, batches: Iterator[tuple[Batch, Tensor]], parameters: list[Tensor]) -> Tensor:
+def _accumulate(
+    this: Run, update: Update, batches: Iterator[tuple[Batch, Tensor]], parameters: list[Tensor], reduction: GradientReduction | None
+) -> Tensor:
     """Gradients of the mean loss of the whole update; returns that mean.  Every rank plans the same update and computes its share.
 
-    The mean is over the tokens of the update, or, with `loss_mean: micro_batch`, over its micro-batches' token means.  Where captions of
+    The mean is over the tokens of the update, or, with `loss_mean: micro_batch`, over its micro-batches' token means: those of all ranks that have
+    targets, so that it depends on the number of ranks, as in the authors' code.  Where captions of
     unusable images are left out, which only the rank that reads them knows, the mean is over the tokens that remain.
     """
-    total = torch.zeros(2, device=this.runtime.device)  # sum of the losses, targets
-    for batch, prepared in batches:
+    total = torch.zeros(2, dtype=parameters[0].dtype, device=this.runtime.device)  # sum of the losses, targets
+    seed_update(this.recipe.seed, this.progress.step, this.runtime)
+    if reduction:
+        reduction.begin()
+    for number, (batch, prepared) in enumerate(batches, 1):
         features = this.features.finish(prepared)
         with this.runtime.autocast():
             count = (
@@ -389,15 +407,13 @@ def _accumulate(this: Run, update: Update, batches: Iterator[tuple[Batch, Tensor
                 else update.targets
             )
             loss = this.model.loss_sum(features, batch.to(this.runtime.device)) / count
-        loss.backward()
         total[0] += loss.detach()
         total[1] += batch.target_count
-    if this.runtime.world_size > 1:
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            this.runtime.sum_(parameter.grad)
-        this.runtime.sum_(total)
+        if reduction and number == update.own_batches:
+            reduction.last(total)
+        loss.backward()
+    if reduction:
+        total = reduction.finish()
     if this.recipe.data.bad_images == "skip" and this.recipe.loss_mean == "global":
         planned_over_kept = update.targets / total[1].clamp(min=1)  # 1 where nothing was left out
         for parameter in parameters:
@@ -474,6 +490,8 @@ def _save(this: Run, optimizer) -> None:
     this.progress.watch = {
         "first_loss": watch.first_loss, "warm_up_end": watch.warm_up_end, "diverged": watch.diverged, "regressed": watch.regressed
     }  # fmt: skip
+    if isinstance(optimizer, ShardedAdamW):
+        optimizer.consolidate()
     if this.runtime.is_main:
         folder, keep = this.recipe.output.folder / "checkpoints", this.recipe.output.keep_checkpoints
         save_checkpoint(

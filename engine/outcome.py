@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.table import Table
 from torch import nn
 
@@ -20,6 +19,7 @@ from .kernel_choice import Choice
 from .models.opening import read_projector, read_vpg
 from .models.vlm import VisionLanguageModel
 from .models.vpg import save_parts
+from .prompt_cache import prompt_cache_rows
 from .recipe import Stage, TransferRecipe
 from .runlog import RunLog, duration
 from .scoring.record import result_record
@@ -107,9 +107,10 @@ def print_savings(log: RunLog, recipe: TransferRecipe, model: VisionLanguageMode
         (
             "vision cache",
             cached,
-            not augmented,
-            f"{data.views} stored view(s)" if cached else "data.vision_cache is off",
+            not augmented and data.cache_precision == "compute",
+            f"{data.views} stored view(s), {data.cache_precision} precision" if cached else "data.vision_cache is off",
         ),
+        *prompt_cache_rows(recipe),
         (
             "scaled JPEG decoding",
             data.decode == "fast" and decoder_missing is None,
@@ -172,7 +173,7 @@ def finish(this: Run) -> dict[str, Any]:
         shutil.rmtree(folder / "model", ignore_errors=True)
         shutil.copytree(best, folder / "model")
     this.runtime.wait()  # for rank 0's copy
-    _load_into(this.model, folder / "model", this.runtime.device)
+    _load_into(this.model, folder / "model")
     scores: dict[str, float] = {}
     if recipe.evaluation.generate_images:
         scores, captions = this.validator.captions(this.model)
@@ -220,11 +221,10 @@ def _measured_with(this: Run, model: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _load_into(model: VisionLanguageModel, folder: Path, device: torch.device) -> None:
+def _load_into(model: VisionLanguageModel, folder: Path) -> None:
     vpg, _ = read_vpg(folder, model.vpg.image_width)
     model.vpg.load_state_dict(vpg.state_dict())
     model.projector.load_state_dict(read_projector(folder, vpg.config.hidden_size)[0].state_dict())
-    model.to(device)
 
 
 def _samples(this: Run, captions: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -168,6 +168,18 @@ class TransferData(_Section):
     vision_cache: bool = Field(
         False, description="compute the frozen tower once an image (and view) and memory-map its outputs"
     )
+    cache_fill: Literal["ahead", "first_epoch"] = Field(
+        "ahead", description="of the vision cache: before training, or each row when it is first asked for"
+    )
+    cache_precision: Literal["compute", "fp8"] = Field(
+        "compute",
+        description="of what caches hold: compute is exact; fp8 (e4m3, one scale a token) takes half of bfloat16's disk and is not",
+    )
+    prompt_cache: Literal["auto"] | bool = Field(
+        "auto",
+        description="keep the outputs of the frozen Q-Former in stages that train the projector alone; auto: where that can be, and a stage would "
+        "read at least a tenth of them again",
+    )
     verify_images: Literal["none", "header", "full"] = Field(
         "full",
         description="full: decode every image once before training, so that none stops an epoch; header is quicker for large sets",
@@ -198,6 +210,8 @@ class TransferData(_Section):
                 raise ValueError(
                     f"{key}: expected {native!r}, because loader is 'ffcv', which has no such thing, got {value!r}"
                 )
+        if self.prompt_cache is True:
+            raise ValueError("prompt_cache: expected auto or false, because loader is 'ffcv', got True")
         for index, entry in enumerate(self.train):
             if entry.format not in ("auto", "pack"):
                 raise ValueError(
@@ -436,6 +450,14 @@ class Kernels(_Section):
         "auto",
         description="attention to packed rows that skips what a caption does not see; torch: sdpa behind a dense mask",
     )
+    qformer_attention: Literal["auto", "kernel", "torch"] = Field(
+        "auto",
+        description="the Q-Former's cross-attention in the form that costs least, tokens cast and normalised once; also on the CPU",
+    )
+    projector_converter: Literal["auto", "kernel", "torch"] = Field(
+        "auto",
+        description="the projector writes soft prompts straight into the packed rows (before prompt_assembly, where both are on)",
+    )
     prompt_assembly: Literal["auto", "kernel", "torch"] = Field(
         "auto",
         description="words and soft prompts written once into the packed rows; torch: a copy of the words, overwritten",
@@ -451,6 +473,32 @@ class Kernels(_Section):
         "auto",
         description="frozen linears of tower and language model in FP8 (not exact; compute capability 9.0); torch: the compute dtype",
     )
+
+
+class Distribution(_Section):
+    """What each rank of a run with several keeps; on one process nothing changes.  Any setting may differ from that of the run that is resumed."""
+
+    frozen: Literal["auto", "replicated", "sharded"] = Field(
+        "auto",
+        description="blocks of language model and tower; auto: whole on each GPU where plan's memory model says that everything fits, else in pieces "
+        "over the ranks, gathered block by block (engine/distributed/frozen.py); on the CPU auto is replicated",
+    )
+    shard_over: Literal["world", "node"] = Field(
+        "world", description="ranks that share one copy of sharded blocks: all, or those of a node, so that gathers stay inside it"
+    )
+    cpu_offload: bool = Field(
+        False, description="keep a rank's pieces in the host's memory and copy each block for each use: a last resort; needs frozen: sharded"
+    )
+    optimizer: Literal["replicated", "sharded"] = Field(
+        "replicated", description="AdamW's moments on each rank, or spread over the ranks; results are the same bits"
+    )
+    prefetch_blocks: NonNegative = Field(1, description="sharded blocks gathered ahead of the one that computes")
+
+    @model_validator(mode="after")
+    def _offloads_shards(self) -> Distribution:
+        if self.cpu_offload and self.frozen != "sharded":
+            raise ValueError(f"cpu_offload: expected false unless frozen is sharded, got true with frozen {self.frozen}")
+        return self
 
 
 class TransferRecipe(_Recipe):
@@ -470,6 +518,7 @@ class TransferRecipe(_Recipe):
     )
     evaluation: Evaluation = Evaluation()
     kernels: Kernels = Kernels()
+    distribution: Distribution = Distribution()
     attention: Literal["auto", "sdpa", "flex", "flash", "xformers"] = Field(
         "auto",
         description="of a decoder-only language model to packed rows; auto: as kernels.prefix_attention says; sdpa: torch's behind a dense mask; "
@@ -533,7 +582,61 @@ class TransferRecipe(_Recipe):
             )
         if self.data.views > 1 and not (self.data.vision_cache and self.data.transform == "train"):
             raise ValueError("data.views: expected 1 unless data.vision_cache is on and data.transform is 'train'")
+        if self.data.cache_fill != "ahead" and not self.data.vision_cache:
+            raise ValueError("data.cache_fill: expected 'ahead' unless data.vision_cache is on, got 'first_epoch'")
+        if self.data.prompt_cache is True:
+            faults = {s.name: self.prompt_cache_fault(s) for s in self.stages if s.trains == "projector"}
+            if not faults:
+                raise ValueError(
+                    "data.prompt_cache: expected a stage with trains: projector, because a VPG that trains has nothing to keep; set it to auto"
+                )
+            for name, fault in faults.items():
+                if fault:
+                    raise ValueError(f"data.prompt_cache: cannot be on in the stage {name!r}: {fault}")
         return self
+
+    @model_validator(mode="after")
+    def _kernels_suit_the_distribution(self) -> TransferRecipe:
+        if self.kernels.frozen_linear == "kernel" and self.distribution.frozen == "sharded":
+            raise ValueError(
+                "kernels.frozen_linear, distribution.frozen: FP8 linears cannot be sharded, got kernel and sharded; set frozen_linear to torch, or "
+                "frozen to replicated"
+            )
+        if self.kernels.adamw_step == "kernel" and self.distribution.optimizer == "sharded":
+            raise ValueError(
+                "kernels.adamw_step, distribution.optimizer: the kernel updates every parameter that has a gradient, got kernel and sharded; set "
+                "adamw_step to torch, or optimizer to replicated"
+            )
+        for index, stage in enumerate(self.stages):
+            if stage.optimizer.implementation == "apex" and self.distribution.optimizer == "sharded":
+                raise ValueError(
+                    f"stages.{index}.optimizer.implementation, distribution.optimizer: only torch's AdamW is sharded, got apex and sharded; set "
+                    "implementation to fused, or optimizer to replicated"
+                )
+        return self
+
+    def prompt_cache_fault(self, stage: Stage) -> str | None:
+        """Why the outputs of the Q-Former cannot be kept in a stage, naming the settings; None where they can."""
+        data = self.data
+        if stage.trains != "projector":
+            return f"the VPG trains (stages.{stage.name}.trains is {stage.trains!r})"
+        if stage.frozen_dropout:
+            return "frozen_dropout draws them anew each time; set frozen_dropout of the stage to false, or data.prompt_cache to auto"
+        if data.loader == "ffcv":
+            return "data.loader is 'ffcv', whose views cannot be had again"
+        if data.vision_cache:
+            return None
+        random = [
+            e.name
+            for e in data.train
+            if e.name in (stage.data or [e.name]) and (e.transform or data.transform) == "train"
+        ]
+        if random:
+            return (
+                f"data.transform 'train' draws a new view of {', '.join(random)} each epoch; set data.vision_cache with data.views, or "
+                "data.transform=eval"
+            )
+        return None
 
 
 class TextData(_Section):

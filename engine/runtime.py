@@ -28,8 +28,8 @@ class Runtime:
         return self.rank == 0
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """bfloat16 compute over float32 master weights on a GPU; nothing on the CPU in float32."""
-        if self.compute_dtype == torch.float32:
+        """bfloat16 compute over float32 master weights on a GPU; nothing where they are one dtype."""
+        if self.compute_dtype in (torch.float32, torch.float64):
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.compute_dtype)
 

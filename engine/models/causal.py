@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ...kernels.prefix_attention import dense_mask
+from ...kernels.projector_converter import linear_into
 from ...kernels.prompt_assembly import prompt_assembly
 from ...kernels.triton_support import triton_unsupported_reason
 from ..data.packing import Group, PackedBatch, TokenisedCaptions, pack_update
@@ -138,8 +139,14 @@ class CausalLanguageModel(LanguageModel):
         """Rows of `[visual][caption 1][caption 2]...`, best fit (data/packing.py)."""
         return pack_update(groups, data, queries, row_tokens, rows_per_batch, self.special.pad, fixed_shape)
 
-    def loss_sum(self, prompts: Tensor, batch: PackedBatch) -> Tensor:
-        if self.assembles_prompts:
+    def loss_sum(self, prompts: Tensor, batch: PackedBatch, projector: nn.Linear | None = None) -> Tensor:
+        """As the base class says; with a projector `prompts` are what it takes, and it writes into the rows."""
+        if projector is not None:
+            rows = self.embed(batch.ids.flatten())
+            projection = (t.to(rows.dtype) for t in (prompts.flatten(0, 1), projector.weight, projector.bias))
+            rows = linear_into(*projection, rows, batch.visual_slots, batch.visual_source)
+            inputs = rows.view(*batch.ids.shape, -1)
+        elif self.assembles_prompts:
             table = self.model.get_input_embeddings().weight
             inputs = prompt_assembly(batch.ids, table, prompts, batch.visual_slots, batch.visual_source)
         else:
@@ -172,7 +179,7 @@ class CausalLanguageModel(LanguageModel):
         config = self.generation_config(settings, bos_token_id=self.special.bos)
         counted = settings.beam_score == "prompt_and_generated"
         with prompt_counts_in_beam_score(self.model, longest, self.ends) if counted else contextlib.nullcontext():
-            return self.model.generate(inputs_embeds=inputs, attention_mask=mask, generation_config=config)
+            return self.model.generate(inputs_embeds=inputs, attention_mask=mask, generation_config=config, synced_gpus=self.is_sharded)
 
     @torch.no_grad()
     def generate_after(

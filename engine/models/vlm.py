@@ -13,12 +13,17 @@ from torch import Tensor, nn
 
 from ..data.packing import Batch, Group, TokenisedCaptions
 from ..recipe import Generation, TransferData
+from .causal import CausalLanguageModel
 from .llm import LanguageModel
-from .vpg import VPG
+from .vpg import VPG, VPGOutput
 
 
 class VisionLanguageModel(nn.Module):
     """VPG and projector train (or not, by stage); the language model never does.  The tower lives with the data (data/features.py)."""
+
+    projects_into_rows = (
+        False  # whether `kernels.projector_converter` writes soft prompts where the language model reads them
+    )
 
     def __init__(self, vpg: VPG, projector: nn.Linear, llm: LanguageModel):
         super().__init__()
@@ -30,9 +35,12 @@ class VisionLanguageModel(nn.Module):
     def queries(self) -> int:
         return self.vpg.config.num_query_tokens
 
-    def soft_prompts(self, features: Tensor) -> Tensor:
-        """features (B, N, image width) -> (B, queries, LLM width)."""
-        return self.projector(self.vpg(features))
+    def soft_prompts(self, features: Tensor | VPGOutput) -> Tensor:
+        """features (B, N, image width), or what the VPG made of them before -> (B, queries, LLM width)."""
+        return self.projector(self._visual(features))
+
+    def _visual(self, features: Tensor | VPGOutput) -> Tensor:
+        return features.values if isinstance(features, VPGOutput) else self.vpg(features)
 
     def freeze_for(self, trains: str, frozen_dropout: bool) -> None:
         """Set what trains in a stage, and the mode of every part: frozen parts run in eval mode unless the recipe says otherwise."""
@@ -53,8 +61,11 @@ class VisionLanguageModel(nn.Module):
             split_seed=split_seed,
         )  # fmt: skip
 
-    def loss_sum(self, features: Tensor, batch: Batch) -> Tensor:
+    def loss_sum(self, features: Tensor | VPGOutput, batch: Batch) -> Tensor:
         """features (groups, N, image width) of `batch.groups` -> scalar, float32 or wider, summed over `batch.target_count` targets."""
+        if self.projects_into_rows:
+            assert isinstance(self.llm, CausalLanguageModel)
+            return self.llm.loss_sum(self._visual(features), batch, self.projector)
         return self.llm.loss_sum(self.soft_prompts(features), batch)
 
     @torch.no_grad()

@@ -35,7 +35,14 @@ MORE_TESTS = {
     "frozen_linear": ["tests/test_quantise_frozen.py"],
     "adamw_step": ["tests/test_optimizer_implementation.py"],
 }
-KERNELS = ("prefix_attention", "prompt_assembly", "linear_cross_entropy", "adamw_step")
+KERNELS = (
+    "prefix_attention",
+    "qformer_attention",
+    "projector_converter",
+    "prompt_assembly",
+    "linear_cross_entropy",
+    "adamw_step",
+)
 ARMS = {
     "fp32": ["precision=fp32"],
     "bf16": ["precision=bf16"],

@@ -19,7 +19,7 @@ import yaml
 from torch import Tensor
 
 from ..kernels.adamw_step import adamw_step
-from . import outcome
+from . import cost, outcome
 from .checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint, trainable_tensors
 from .data.captioned import open_captioned
 from .data.coco import read_questions
@@ -35,7 +35,7 @@ from .models.vision import load_tower
 from .models.vlm import VisionLanguageModel
 from .optim import build_adamw, learning_rate, set_learning_rate
 from .recipe import Stage, TransferRecipe, save_recipe
-from .runlog import RunLog, duration
+from .runlog import RunLog
 from .runtime import Runtime, start, stop
 from .transfer.initialise import Origins, build_model
 from .transfer.merge import norm_ratio, scale_
@@ -63,6 +63,7 @@ class Progress:
     stage_done: bool = False
     position: dict[str, Any] | None = None
     watch: dict[str, Any] = field(default_factory=dict)
+    cost_seconds: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -82,6 +83,7 @@ class Run:
     validator: Validator
     watch: Watch
     progress: Progress
+    meter: cost.CostMeter
     fuses_adamw: bool = False
 
 
@@ -149,6 +151,9 @@ def _state(checkpoint: Path) -> dict[str, Any]:
 
 
 def _prepare(recipe: TransferRecipe, runtime: Runtime, log: RunLog, progress: Progress) -> Run:
+    meter = cost.CostMeter(runtime, progress.cost_seconds)
+    meter.peak_flops_s = cost.measured_peak(runtime.device, runtime.compute_dtype)
+    log.event("peak", step=progress.step, matmul_flops_s=meter.peak_flops_s)
     tower = load_tower(recipe.vision)
     model, origins = build_model(recipe, tower, runtime.compute_dtype, runtime.device, progress.step > 0)
     for path in dict.fromkeys(report.path for report in origins.loaded):
@@ -173,6 +178,8 @@ def _prepare(recipe: TransferRecipe, runtime: Runtime, log: RunLog, progress: Pr
     val_data = open_captioned(layout.val, model.llm, **opening, name=f"{layout.val.name}-val")
     outcome.report_refusals(log, recipe.output.folder, val_data)
     data = join(sets)
+    meter.rates = {s.name: cost.work_rates(model, tower, s, data, layout) for s in recipe.stages}
+    model.after_prompts = meter.prompts_made
     model.to(runtime.device)
     tower.to(runtime.device, runtime.compute_dtype)
     choices = use_kernels(recipe.kernels, model.llm, tower, runtime, log)
@@ -197,8 +204,9 @@ def _prepare(recipe: TransferRecipe, runtime: Runtime, log: RunLog, progress: Pr
     outcome.print_savings(log, recipe, model, choices)
     watch = Watch(log, **progress.watch)
     _measure_converter(model, origins, features, len(data.ids), watch, log, recipe)
+    meter.lap(cost.START_UP)
     return Run(
-        recipe, runtime, log, model, origins, data, subsets, features, tower.image_size, tower.norm, validator, watch, progress,
+        recipe, runtime, log, model, origins, data, subsets, features, tower.image_size, tower.norm, validator, watch, progress, meter,
         fuses_adamw=any(c.on for c in choices if c.name == "adamw_step"),
     )  # fmt: skip
 
@@ -255,7 +263,8 @@ def _train_stage(this: Run, index: int, checkpoint: Path | None) -> None:
             0,
         )
     order = _order(this, stage)
-    total = stage.pairs or round(stage.epochs * order.epoch_pairs)
+    total = _stage_pairs(stage, order)
+    this.meter.stage_pairs = {s.name: _stage_pairs(s, _order(this, s)) for s in recipe.stages}
     log.say(outcome.freeze_table(this.model, this.origins, stage, order, total, recipe.stages))
     if not checkpoint:
         trainable = sum(p.numel() for p in tensors.values())
@@ -269,11 +278,14 @@ def _train_stage(this: Run, index: int, checkpoint: Path | None) -> None:
             stage_pairs=total,
         )
         if index == 0:
+            this.meter.lap(cost.OTHER)
             _evaluate(this, index, stage)
+            this.meter.lap(cost.EVALUATION)
     _loop(this, index, stage, order, optimizer, tensors, total)
     log.end_progress()
     progress.stage_done = True
     _save(this, optimizer)
+    this.meter.lap(cost.CHECKPOINTS)
     progress.stage, progress.stage_done = index + 1, False
 
 
@@ -292,6 +304,10 @@ def _order(this: Run, stage: Stage) -> UpdateOrder:
         position,
         this.recipe.data.order,
     )
+
+
+def _stage_pairs(stage: Stage, order: UpdateOrder) -> int:
+    return stage.pairs or round(stage.epochs * order.epoch_pairs)
 
 
 def _contiguous(subsets: list[Subset]) -> list[Subset]:
@@ -316,6 +332,7 @@ def _loop(
     next_eval = _next(progress.stage_pairs, stage.eval_every_pairs)
     next_save = _next(progress.stage_pairs, recipe.output.checkpoint_every_pairs)
     started = time.perf_counter()
+    this.meter.begin_stage(stage.name, progress.stage_pairs, progress.seconds)
     stream = UpdateStream(
         order, _lengths(progress.stage_pairs, total, stage.batch_pairs),
         lambda groups: this.model.pack(
@@ -325,6 +342,7 @@ def _loop(
     )  # fmt: skip
     with contextlib.closing(stream):
         for update, batches in stream:
+            this.meter.lap(cost.WAITING)
             rate = learning_rate(
                 progress.stage_pairs, total, stage.learning_rate, schedule=stage.schedule, minimum=stage.min_learning_rate,
                 warmup=stage.warmup_pairs, warmup_start=stage.warmup_learning_rate,
@@ -344,15 +362,18 @@ def _loop(
             progress.step += 1
             progress.position = update.position
             is_last = progress.stage_pairs >= total
+            this.meter.lap(cost.OPTIMISER)
             if (
                 is_last or progress.step % recipe.output.log_every_updates == 0
             ):  # the only place that waits for the device
                 progress.seconds += time.perf_counter() - started
                 started = time.perf_counter()
                 _log_train(this, index, stage, losses, norm, skipped_in_a_row, rate, total)
+                this.meter.lap(cost.OTHER)
             if is_last or progress.stage_pairs >= next_eval:
                 progress.seconds += time.perf_counter() - started
                 enough = _evaluate(this, index, stage)
+                this.meter.lap(cost.EVALUATION)
                 next_eval = _next(progress.stage_pairs, stage.eval_every_pairs)
                 started = time.perf_counter()
                 if enough:
@@ -363,6 +384,7 @@ def _loop(
             if not is_last and progress.stage_pairs >= next_save:
                 progress.seconds += time.perf_counter() - started
                 _save(this, optimizer)
+                this.meter.lap(cost.CHECKPOINTS)
                 next_save = _next(progress.stage_pairs, recipe.output.checkpoint_every_pairs)
                 started = time.perf_counter()
 
@@ -382,7 +404,10 @@ def _accumulate(this: Run, update: Update, batches: Iterator[tuple[Batch, Tensor
     """
     total = torch.zeros(2, device=this.runtime.device)  # sum of the losses, targets
     for batch, prepared in batches:
+        this.meter.lap(cost.WAITING)
+        this.meter.count(batch, this.model.queries)
         features = this.features.finish(prepared)
+        this.meter.lap(cost.TOWER)
         with this.runtime.autocast():
             count = (
                 max(1, batch.target_count) * update.batch_count
@@ -390,7 +415,9 @@ def _accumulate(this: Run, update: Update, batches: Iterator[tuple[Batch, Tensor
                 else update.targets
             )
             loss = this.model.loss_sum(features, batch.to(this.runtime.device)) / count
+        this.meter.lap(cost.LANGUAGE_MODEL)
         loss.backward()
+        this.meter.lap(cost.BACKWARD)
         total[0] += loss.detach()
         total[1] += batch.target_count
     if this.runtime.world_size > 1:
@@ -399,6 +426,7 @@ def _accumulate(this: Run, update: Update, batches: Iterator[tuple[Batch, Tensor
                 parameter.grad = torch.zeros_like(parameter)
             this.runtime.sum_(parameter.grad)
         this.runtime.sum_(total)
+        this.meter.lap(cost.REDUCTION)
     if this.recipe.data.bad_images == "skip" and this.recipe.loss_mean == "global":
         planned_over_kept = update.targets / total[1].clamp(min=1)  # 1 where nothing was left out
         for parameter in parameters:
@@ -432,14 +460,14 @@ def _log_train(
     loss = loss_sum / max(counted, 1)
     speed = progress.pairs / max(progress.seconds, 1e-9)
     hours = progress.seconds * this.runtime.world_size / 3600
+    live = this.meter.live(progress.stage_pairs, progress.seconds)
     log.event(
         "train", stage=stage.name, step=progress.step, pairs=progress.pairs, seconds=progress.seconds, loss=loss, learning_rate=rate,
-        grad_norm=grad_norm, pairs_per_s=speed, gpu_hours=hours,
+        grad_norm=grad_norm, pairs_per_s=speed, gpu_hours=hours, **live,
     )  # fmt: skip
-    to_go = (total - progress.stage_pairs) / max(speed, 1e-9)
     log.progress(
         f"{this.recipe.arm} {stage.name}", progress.stage_pairs, total,
-        f"{progress.pairs:,} pairs  {speed:.0f} pairs/s  loss {loss:.3f}  ETA {duration(to_go)}  {hours:.3f} device-hours",
+        f"{progress.pairs:,} pairs  {speed:.0f} pairs/s  loss {loss:.3f}  {outcome.live_line(live, hours, this.runtime.world_size)}",
     )  # fmt: skip
     this.watch.train_loss(index, loss, progress.step, rate)
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..kernels.image_decode import image_decode_unsupported_reason
 from .checkpoint import write_json
+from .cost import EVALUATION, cost_table
 from .data.packing import UpdateOrder
 from .data.prompts import CAPTION_PROMPT, vqa_prompt
 from .data.token_table import TokenTable
@@ -127,6 +128,15 @@ def print_savings(log: RunLog, recipe: TransferRecipe, model: VisionLanguageMode
     log.say(table)
 
 
+def live_line(live: dict[str, float], hours: float, devices: int) -> str:
+    """The cost part of a progress line: what `CostMeter.live` returned, and device-hours so far."""
+    to_go = live["gpu_hours_to_go"]
+    return (
+        f"{live['tokens_per_s']:,.0f} tokens/s  {live['flop_utilisation']:.0%} of peak  waiting {live['waiting_share']:.0%}  "
+        f"ETA {duration(3600 * to_go / devices)}  {hours:.3f} + {to_go:.3f} device-hours"
+    )
+
+
 def report_refusals(log: RunLog, folder: Path, captions: TokenTable) -> None:
     """One line, and `refused-NAME.json` where anything was refused."""
     log.say(
@@ -183,13 +193,16 @@ def finish(this: Run) -> dict[str, Any]:
             write_json(folder / "captions.json", captions)
             write_json(folder / "answers.json", answers)
             write_json(folder / "samples.json", _samples(this, captions))
+    best_loss = this.validator.loss(this.model)
+    this.meter.lap(EVALUATION)
+    breakdown = this.meter.breakdown()
     summary = {
         "name": recipe.name, "arm": recipe.arm, "seed": recipe.seed, "device": this.runtime.describe(), "time": now(),
-        "best_val_loss": this.validator.loss(this.model), "best_val_pairs": progress.best_pairs, "final_val_loss": final_loss,
+        "best_val_loss": best_loss, "best_val_pairs": progress.best_pairs, "final_val_loss": final_loss,
         "selected_by": recipe.evaluation.select, "pairs": progress.pairs, "updates": progress.step, "seconds": progress.seconds,
         "gpu_hours": progress.seconds * this.runtime.world_size / 3600, "skipped_updates": progress.skipped,
         "bad_images": len(progress.bad_images),
-        "stages": [s.name for s in recipe.stages], **scores,
+        "stages": [s.name for s in recipe.stages], "cost": breakdown, **scores,
         **_measured_with(this, folder / "model"),
     }  # fmt: skip
     log.event(
@@ -197,6 +210,7 @@ def finish(this: Run) -> dict[str, Any]:
     )
     if this.runtime.is_main:
         write_json(folder / "summary.json", summary)
+    log.say(cost_table(breakdown, this.runtime.world_size))
     shown = "  ".join(f"{k} {v:.3f}" for k, v in scores.items())
     log.say(
         f"{recipe.name}: validation loss {final_loss:.4f} (best {summary['best_val_loss']:.4f} at {progress.best_pairs:,} pairs)  {shown}"

@@ -6,7 +6,7 @@ target count is the loop's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from .vpg import VPG
 
 class VisionLanguageModel(nn.Module):
     """VPG and projector train (or not, by stage); the language model never does.  The tower lives with the data (data/features.py)."""
+
+    after_prompts: Callable[[], None] | None = None  # called between soft prompts and language model: a clock's lap (cost.py)
 
     def __init__(self, vpg: VPG, projector: nn.Linear, llm: LanguageModel):
         super().__init__()
@@ -55,7 +57,10 @@ class VisionLanguageModel(nn.Module):
 
     def loss_sum(self, features: Tensor, batch: Batch) -> Tensor:
         """features (groups, N, image width) of `batch.groups` -> scalar, float32 or wider, summed over `batch.target_count` targets."""
-        return self.llm.loss_sum(self.soft_prompts(features), batch)
+        prompts = self.soft_prompts(features)
+        if self.after_prompts is not None:
+            self.after_prompts()
+        return self.llm.loss_sum(prompts, batch)
 
     @torch.no_grad()
     def generate(self, features: Tensor, prompts: Sequence[str], settings: Generation) -> list[str]:

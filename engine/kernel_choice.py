@@ -45,7 +45,7 @@ def use_kernels(asked: Kernels, llm: LanguageModel, tower: VisionTower, runtime:
     # Operation -> why it cannot run (None where it can), and what switches it on.
     operations: dict[str, tuple[str | None, Callable[[], None]]] = {
         "frozen_linear": (
-            _fp8_reason(runtime),
+            _fp8_reason(device),
             lambda: _quantise(llm, tower, device, log),
         ),  # first: the others see the new modules
         "prefix_attention": (_prefix_attention_reason(llm, device), lambda: _attend_by_prefix(llm)),
@@ -67,6 +67,13 @@ def use_kernels(asked: Kernels, llm: LanguageModel, tower: VisionTower, runtime:
         why = f"kernels.{name} is {setting}" + ("" if on else f"; {reason or 'not measured on a GPU yet'}")
         choices.append(Choice(name, on, name not in INEXACT, why))
     return choices
+
+
+def unsupported_kernels(asked: Kernels, device: torch.device) -> dict[str, str]:
+    """Operations asked for by name that cannot run on a kind of device, whatever the model: {name: why}."""
+    named = [name for name in type(asked).model_fields if getattr(asked, name) == "kernel"]
+    reasons = {n: _fp8_reason(device) if n == "frozen_linear" else triton_unsupported_reason(device) for n in named}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
 def _prefix_attention_reason(llm: LanguageModel, device: torch.device) -> str | None:
@@ -95,10 +102,10 @@ def _fuse_head(llm: LanguageModel) -> None:
     llm.fuses_head = True
 
 
-def _fp8_reason(runtime: Runtime) -> str | None:
-    if runtime.device.type == "cpu":
+def _fp8_reason(device: torch.device) -> str | None:
+    if device.type == "cpu":
         return "the models are on the CPU, where FP8 is slower than float32"
-    return fp8_unsupported_reason(runtime.device)
+    return fp8_unsupported_reason(device)
 
 
 def _quantise(llm: LanguageModel, tower: VisionTower, device: torch.device, log: RunLog) -> None:

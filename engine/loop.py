@@ -34,7 +34,9 @@ from .models.tower import PixelNorm
 from .models.vision import load_tower
 from .models.vlm import VisionLanguageModel
 from .optim import build_adamw, learning_rate, set_learning_rate
+from .preflight import check_attributes, check_machine, check_rows
 from .recipe import Stage, TransferRecipe, save_recipe
+from .regions import use_regions
 from .runlog import RunLog
 from .runtime import Runtime, start, stop
 from .transfer.initialise import Origins, build_model
@@ -92,6 +94,7 @@ def run(recipe: TransferRecipe) -> dict[str, Any]:
 
     Raises RecipeError, DataError, ModelError, CheckpointError (before any training) and RunStopped (too many non-finite updates).
     """
+    check_machine(recipe)
     about_loader = check_ffcv(recipe.data) if recipe.data.loader == "ffcv" else None
     runtime = start(recipe.device, recipe.precision, recipe.threads, recipe.seed)
     folder = recipe.output.folder
@@ -177,12 +180,16 @@ def _prepare(recipe: TransferRecipe, runtime: Runtime, log: RunLog, progress: Pr
         at += len(captions)
     val_data = open_captioned(layout.val, model.llm, **opening, name=f"{layout.val.name}-val")
     outcome.report_refusals(log, recipe.output.folder, val_data)
+    check_rows([*sets, val_data], model.llm, model.queries, layout)
+    if recipe.evaluation.attributes:
+        check_attributes(val_data, recipe.evaluation.generate_images)
     data = join(sets)
     meter.rates = {s.name: cost.work_rates(model, tower, s, data, layout) for s in recipe.stages}
     model.after_prompts = meter.prompts_made
     model.to(runtime.device)
     tower.to(runtime.device, runtime.compute_dtype)
     choices = use_kernels(recipe.kernels, model.llm, tower, runtime, log)
+    choices += use_regions(recipe.step, model, tower, layout, runtime)
     common = {
         "seed": recipe.seed,
         "runtime": runtime,

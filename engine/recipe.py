@@ -450,6 +450,17 @@ class Kernels(_Section):
     )
 
 
+class Step(_Section):
+    """How an update is executed, the same result within rounding; auto: where it was measured to pay (nowhere yet, benches/LOG.md)."""
+
+    compile: Literal["auto"] | bool = Field(
+        "auto", description="blocks of tower, Q-Former and language model through torch.compile"
+    )
+    cuda_graphs: Literal["auto"] | bool = Field(
+        "auto", description="the language model's pass over full micro-batches of packed rows, captured (CUDA only)"
+    )
+
+
 class TransferRecipe(_Recipe):
     kind: Literal["transfer"] = "transfer"
     arm: str = Field("vpgtrans", description="label by which a report groups runs")
@@ -467,6 +478,7 @@ class TransferRecipe(_Recipe):
     )
     evaluation: Evaluation = Evaluation()
     kernels: Kernels = Kernels()
+    step: Step = Step()
 
     @model_validator(mode="after")
     def _consistent(self) -> TransferRecipe:

@@ -6,6 +6,7 @@ target count is the loop's.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 import torch
@@ -21,6 +22,8 @@ class VisionLanguageModel(nn.Module):
     """VPG and projector train (or not, by stage); the language model never does.  The tower lives with the data (data/features.py)."""
 
     after_prompts: Callable[[], None] | None = None  # called between soft prompts and language model: a clock's lap (cost.py)
+
+    has_compiled_blocks = False
 
     def __init__(self, vpg: VPG, projector: nn.Linear, llm: LanguageModel):
         super().__init__()
@@ -65,4 +68,6 @@ class VisionLanguageModel(nn.Module):
     @torch.no_grad()
     def generate(self, features: Tensor, prompts: Sequence[str], settings: Generation) -> list[str]:
         """One answer an image: features (B, N, image width), prompts B strings ("" for a caption) -> B strings."""
-        return self.llm.generate(self.soft_prompts(features), prompts, settings)
+        # Compiled blocks would be compiled again for every length and for the cache of keys and values.
+        with torch.compiler.set_stance("force_eager") if self.has_compiled_blocks else contextlib.nullcontext():
+            return self.llm.generate(self.soft_prompts(features), prompts, settings)

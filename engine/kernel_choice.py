@@ -27,12 +27,18 @@ INEXACT = frozenset({"frozen_linear"})
 
 @dataclass(frozen=True)
 class Choice:
-    """One operation in this run: whether it is on, whether it changes results beyond rounding, and why."""
+    """One switch of how an update is computed: whether it is on, whether it changes results beyond rounding, and why."""
 
     name: str
     on: bool
     exact: bool
     why: str
+    section: str = "kernels"
+
+    @property
+    def title(self) -> str:
+        """Of its row in the table of savings."""
+        return f"{self.section.removesuffix('s')}: {self.name.replace('_', ' ')}"
 
 
 def use_kernels(asked: Kernels, llm: LanguageModel, tower: VisionTower, runtime: Runtime, log: RunLog) -> list[Choice]:

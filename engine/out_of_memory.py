@@ -16,7 +16,7 @@ from .planning.costs import rows_that_fit
 from .recipe import TransferRecipe
 
 MODEL_ERROR = 1.1  # the memory model is within a tenth of what runs take (tests/test_plan.py)
-_UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+_UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "PiB": 2**50, "EiB": 2**60}
 
 
 @dataclass(frozen=True)

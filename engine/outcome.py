@@ -11,7 +11,6 @@ import torch
 from rich.table import Table
 from torch import nn
 
-from ..kernels.image_decode import image_decode_unsupported_reason
 from .checkpoint import write_json
 from .cost import EVALUATION, cost_table
 from .data.packing import UpdateOrder
@@ -23,6 +22,7 @@ from .models.vlm import VisionLanguageModel
 from .models.vpg import save_parts
 from .recipe import Stage, TransferRecipe
 from .runlog import RunLog, duration
+from .savings import savings
 from .scoring.record import result_record
 from .transfer.converter import ConverterReport
 from .transfer.initialise import Origins
@@ -87,44 +87,13 @@ def converter_table(report: ConverterReport, before: float | None = None, after:
     return table
 
 
-def print_savings(log: RunLog, recipe: TransferRecipe, model: VisionLanguageModel, kernels: list[Choice]) -> None:
+def print_savings(log: RunLog, recipe: TransferRecipe, model: VisionLanguageModel, choices: list[Choice]) -> None:
     """The start-up table of savings: on or off, exact or not, why."""
-    data = recipe.data
-    grouped = data.captions_per_image != 1
-    dropout = model.vpg.config.dropout
-    cached = data.vision_cache
-    augmented = data.transform == "train"
-    decoder_missing = image_decode_unsupported_reason()
-    rows = [
-        (
-            "one image, one encoding",
-            grouped,
-            dropout == 0 and not augmented,
-            f"captions_per_image={data.captions_per_image}; dropout and view are shared by the group",
-        ),
-        ("shared visual prefix", grouped, True, "one prefix a group; each caption sees it and itself"),
-        ("no padding", True, True, f"rows of {data.row_tokens} tokens, best fit"),
-        ("only supervised positions reach the head", True, True, "always on"),
-        (
-            "vision cache",
-            cached,
-            not augmented,
-            f"{data.views} stored view(s)" if cached else "data.vision_cache is off",
-        ),
-        (
-            "scaled JPEG decoding",
-            data.decode == "fast" and decoder_missing is None,
-            False,
-            f"data.decode is {data.decode}"
-            + (f"; {decoder_missing}" if data.decode == "fast" and decoder_missing else ""),
-        ),
-        *((f"kernel: {choice.name.replace('_', ' ')}", choice.on, choice.exact, choice.why) for choice in kernels),
-    ]
     table = Table(title="savings", title_justify="left")
     for column in ("saving", "on", "exact", "why"):
         table.add_column(column)
-    for name, on, exact, why in rows:
-        table.add_row(name, "on" if on else "off", ("yes" if exact else "no") if on else "-", why)
+    for row in savings(recipe, model, choices):
+        table.add_row(row.name, "on" if row.on else "off", ("yes" if row.exact else "no") if row.on else "-", row.why)
     log.say(table)
 
 

@@ -51,7 +51,9 @@ def check_machine(recipe: TransferRecipe) -> None:
         raise RecipeError("\n".join(lines))
 
 
-def check_rows(sets: Sequence[CaptionData | TokenTable], llm: LanguageModel, queries: int, layout: TransferData) -> None:
+def check_rows(
+    sets: Sequence[CaptionData | TokenTable], llm: LanguageModel, queries: int, layout: TransferData
+) -> None:
     """Raises DataError where the longest caption of a set does not fit into a row behind its visual tokens, or a pair into a micro-batch."""
     for captions in sets:
         lead = len(captions.lead(0))

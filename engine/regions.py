@@ -40,7 +40,9 @@ def unsupported_steps(asked: Step, device: torch.device) -> dict[str, str]:
 def compile_unsupported_reason(device: torch.device) -> str | None:
     """Why torch.compile cannot run here; None where it can."""
     if device.type == "cuda":
-        return None if importlib.util.find_spec("triton") else "Triton is not installed (pip install 'vpgtrans[triton]')"
+        return (
+            None if importlib.util.find_spec("triton") else "Triton is not installed (pip install 'vpgtrans[triton]')"
+        )
     compilers = [c for c in (os.environ.get("CXX"), "g++", "clang++") if c]
     return None if any(map(shutil.which, compilers)) else f"found no C++ compiler (tried: {', '.join(compilers)})"
 
@@ -81,7 +83,7 @@ def _choice(name: str, setting: bool | str, reason: str | None, device: torch.de
     why = f"step.{name} is {str(setting).lower()}"
     if not on and setting == "auto":
         why += f"; {reason or NOT_YET[device.type]}"
-    return Choice({"compile": "compiled regions", "cuda_graphs": "CUDA graphs"}[name], on, True, why)
+    return Choice(name, on, True, why, "step")
 
 
 def compile_blocks(module: nn.Module, backend: str = "inductor") -> int:

@@ -89,6 +89,8 @@ setup(
         "triton": ["triton>=3.6; platform_system == 'Linux'"],
         # JPEGs where the extension was built without libjpeg-turbo's headers.
         "simplejpeg": ["simplejpeg"],
+        # output.wandb
+        "wandb": ["wandb"],
         # data.loader: ffcv; builds with libturbojpeg0-dev libopencv-dev pkg-config g++.
         "ffcv": ["ffcv"],
     },

@@ -44,12 +44,14 @@ COUNTED_IMAGES = 64  # at most, of the micro-batch whose FLOPs are counted
 @dataclass(frozen=True)
 class WorkRates:
     """FLOPs, forward and backward, of one encoding by the tower (0 where it is cached), of one image's VPG and projector, of one computed token
-    of the language model, of one supervised position at its head, and, of these together, of an average pair."""
+    of the language model, of one supervised position at its head; of these, of one image's projector, and, together, of an
+    average pair."""
 
     encoding: float
     image: float
     token: float
     target: float
+    projector: float = 0.0
     pair: float = 0.0
 
 
@@ -127,7 +129,8 @@ def work_rates(
     rates = WorkRates(
         float(encoding.flops), image.flops / work.images, (text.flops - work.targets * head) / work.tokens, float(head)
     )
-    return replace(rates, pair=work.flops(rates) / batch.pair_count)
+    projector = model.queries * model.projector.weight.numel() * (6 if stage.trains == "vpg_and_projector" else 4)
+    return replace(rates, projector=float(projector), pair=work.flops(rates) / batch.pair_count)
 
 
 def first_batch(model: VisionLanguageModel, data: TokenisedCaptions, layout: TransferData) -> Batch:
@@ -215,8 +218,12 @@ class CostMeter:
         """Note a micro-batch that is still on the host."""
         self._since_log.add(batch, queries)
 
-    def begin_stage(self, name: str, done_pairs: int, seconds: float) -> None:
-        """done_pairs: of the stage.  seconds: of training so far, as `gpu_hours` counts them."""
+    def begin_stage(self, name: str, done_pairs: int, seconds: float, prompts_are_stored: bool = False) -> None:
+        """done_pairs: of the stage.  seconds: of training so far, as `gpu_hours` counts them.  prompts_are_stored: of an image only the projector
+        counts then, though what is absent from the store is still computed."""
+        if prompts_are_stored:
+            rates = self.rates[name]
+            self.rates[name] = replace(rates, encoding=0.0, image=rates.projector)
         self._stage_began = name, done_pairs, seconds
         self.lap(OTHER)
 

@@ -17,11 +17,13 @@ from ..kernels.triton_support import triton_unsupported_reason
 from .models.causal import CausalLanguageModel
 from .models.llm import LanguageModel, ModelError
 from .models.tower import VisionTower
+from .models.vlm import VisionLanguageModel
 from .recipe import Kernels, RecipeError
 from .runlog import RunLog
 from .runtime import Runtime
 
 MEASURED: frozenset[str] = frozenset()  # none yet: no GPU has run them
+TRITON_ALONE = ("prefix_attention", "prompt_assembly", "linear_cross_entropy", "adamw_step")
 INEXACT = frozenset({"frozen_linear"})
 
 
@@ -41,20 +43,28 @@ class Choice:
         return f"{self.section.removesuffix('s')}: {self.name.replace('_', ' ')}"
 
 
-def use_kernels(asked: Kernels, llm: LanguageModel, tower: VisionTower, runtime: Runtime, log: RunLog) -> list[Choice]:
+def use_kernels(
+    asked: Kernels, model: VisionLanguageModel, tower: VisionTower, runtime: Runtime, log: RunLog, attention: str = "auto"
+) -> list[Choice]:
     """Switch operations on as the recipe asks; models are on the device, and the run looks at `on` for what is not a model's.
 
+    attention: what the recipe says; but for `auto` it takes the place of `asked.prefix_attention`.
     Raises RecipeError where one that is asked for by name cannot run.
     """
-    device = runtime.device
+    if attention != "auto":
+        asked = asked.model_copy(update={"prefix_attention": "torch"})
+    device, llm = runtime.device, model.llm
     without_triton = triton_unsupported_reason(device)
     # Operation -> why it cannot run (None where it can), and what switches it on.
     operations: dict[str, tuple[str | None, Callable[[], None]]] = {
         "frozen_linear": (
-            _fp8_reason(device),
+            _fp8_reason(device, llm),
             lambda: _quantise(llm, tower, device, log),
         ),  # first: the others see the new modules
         "prefix_attention": (_prefix_attention_reason(llm, device), lambda: _attend_by_prefix(llm)),
+        # Its formed keys and values, and on the CPU its latents, are torch's own operations.
+        "qformer_attention": (None, lambda: _fuse_cross_attention(model)),
+        "projector_converter": (_projection_reason(llm, device), lambda: _project_into_rows(model)),
         "prompt_assembly": (_prompt_assembly_reason(llm, device), lambda: _assemble(llm)),
         "linear_cross_entropy": (without_triton or llm.fused_head_unsupported_reason(), lambda: _fuse_head(llm)),
         "adamw_step": (without_triton, lambda: None),
@@ -72,14 +82,30 @@ def use_kernels(asked: Kernels, llm: LanguageModel, tower: VisionTower, runtime:
             raise RecipeError(f"kernels.{name}: expected auto or torch here, got kernel: {reason}")
         why = f"kernels.{name} is {setting}" + ("" if on else f"; {reason or 'not measured on a GPU yet'}")
         choices.append(Choice(name, on, name not in INEXACT, why))
+    if attention != "auto":
+        choices.append(_use_attention(attention, llm))
     return choices
+
+
+def _use_attention(attention: str, llm: LanguageModel) -> Choice:
+    """The back end that the recipe names; that it can run here was found out before the models were loaded (back_ends.py)."""
+    if attention == "sdpa":
+        return Choice("packed attention", False, True, "attention is sdpa")
+    reason = "an encoder-decoder has no packed rows"
+    if isinstance(llm, CausalLanguageModel) and (reason := llm.stands_in_for_sdpa_reason()) is None:
+        try:
+            llm.use_back_end(attention)
+        except ModelError as error:
+            reason = str(error)
+    if reason is not None:
+        raise RecipeError(f"attention: expected auto or sdpa here, got {attention}: {reason}")
+    return Choice("packed attention", True, True, f"attention is {attention}")
 
 
 def unsupported_kernels(asked: Kernels, device: torch.device) -> dict[str, str]:
     """Operations asked for by name that cannot run on a kind of device, whatever the model: {name: why}."""
-    named = [name for name in type(asked).model_fields if getattr(asked, name) == "kernel"]
-    reasons = {n: _fp8_reason(device) if n == "frozen_linear" else triton_unsupported_reason(device) for n in named}
-    return {name: reason for name, reason in reasons.items() if reason is not None}
+    reasons = {name: triton_unsupported_reason(device) for name in TRITON_ALONE} | {"frozen_linear": fp8_reason(device)}
+    return {n: reason for n, reason in reasons.items() if reason is not None and getattr(asked, n) == "kernel"}
 
 
 def _prefix_attention_reason(llm: LanguageModel, device: torch.device) -> str | None:
@@ -91,6 +117,20 @@ def _prefix_attention_reason(llm: LanguageModel, device: torch.device) -> str | 
 def _attend_by_prefix(llm: LanguageModel) -> None:
     assert isinstance(llm, CausalLanguageModel)
     llm.use_prefix_attention()
+
+
+def _fuse_cross_attention(model: VisionLanguageModel) -> None:
+    model.vpg.fuses_cross_attention = True
+
+
+def _projection_reason(llm: LanguageModel, device: torch.device) -> str | None:
+    if not isinstance(llm, CausalLanguageModel):
+        return "an encoder-decoder has no packed rows"
+    return triton_unsupported_reason(device)
+
+
+def _project_into_rows(model: VisionLanguageModel) -> None:
+    model.projects_into_rows = True
 
 
 def _prompt_assembly_reason(llm: LanguageModel, device: torch.device) -> str | None:
@@ -108,7 +148,12 @@ def _fuse_head(llm: LanguageModel) -> None:
     llm.fuses_head = True
 
 
-def _fp8_reason(device: torch.device) -> str | None:
+def _fp8_reason(device: torch.device, llm: LanguageModel) -> str | None:
+    return "distribution.frozen shards the blocks, which FP8 linears cannot be" if llm.is_sharded else fp8_reason(device)
+
+
+def fp8_reason(device: torch.device) -> str | None:
+    """Why models on `device` do not use FP8; None where they can.  On the CPU it works, and is no use."""
     if device.type == "cpu":
         return "the models are on the CPU, where FP8 is slower than float32"
     return fp8_unsupported_reason(device)
@@ -122,3 +167,17 @@ def _quantise(llm: LanguageModel, tower: VisionTower, device: torch.device, log:
     ):
         for line in quantise_frozen_(module, run=forward).lines():
             log.say(f"{name}: {line}")
+
+
+def quantise_tower(asked: Kernels, tower: VisionTower, runtime: Runtime) -> None:
+    """Leave the tower as `use_kernels` leaves it, so that its caches have the run's key; RecipeError as there."""
+    reason = fp8_reason(runtime.device)
+    if asked.frozen_linear == "kernel" and reason is not None:
+        raise RecipeError(f"kernels.frozen_linear: expected auto or torch here, got kernel: {reason}")
+    if asked.frozen_linear == "kernel" or (
+        asked.frozen_linear == "auto" and "frozen_linear" in MEASURED and reason is None
+    ):
+        pixels = torch.zeros(
+            1, 3, tower.image_size, tower.image_size, device=runtime.device, dtype=runtime.compute_dtype
+        )
+        quantise_frozen_(tower.module, run=lambda: tower.features(pixels))

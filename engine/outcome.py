@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.table import Table
 from torch import nn
 
@@ -151,7 +150,7 @@ def finish(this: Run) -> dict[str, Any]:
         shutil.rmtree(folder / "model", ignore_errors=True)
         shutil.copytree(best, folder / "model")
     this.runtime.wait()  # for rank 0's copy
-    _load_into(this.model, folder / "model", this.runtime.device)
+    _load_into(this.model, folder / "model")
     scores: dict[str, float] = {}
     if recipe.evaluation.generate_images:
         scores, captions = this.validator.captions(this.model)
@@ -203,11 +202,10 @@ def _measured_with(this: Run, model: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _load_into(model: VisionLanguageModel, folder: Path, device: torch.device) -> None:
+def _load_into(model: VisionLanguageModel, folder: Path) -> None:
     vpg, _ = read_vpg(folder, model.vpg.image_width)
     model.vpg.load_state_dict(vpg.state_dict())
     model.projector.load_state_dict(read_projector(folder, vpg.config.hidden_size)[0].state_dict())
-    model.to(device)
 
 
 def _samples(this: Run, captions: list[dict[str, Any]]) -> list[dict[str, Any]]:

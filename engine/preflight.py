@@ -7,7 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
-from .data.packing import CaptionData, DataError
+from .back_ends import check_back_ends
+from .data.ffcv_loader import check_ffcv
+from .data.packing import DataError, JoinedCaptions, TokenisedCaptions
 from .data.scenes import attributes_right
 from .data.token_table import TokenTable
 from .kernel_choice import unsupported_kernels
@@ -35,11 +37,9 @@ def machine_problems(recipe: TransferRecipe) -> list[str]:
         f"step.{name}: expected auto or false here, got true: {reason}"
         for name, reason in unsupported_steps(recipe.step, device).items()
     ]
-    if recipe.data.loader == "ffcv":
-        from .data.ffcv_loader import check_ffcv
-
+    for check in [lambda: check_back_ends(recipe)] + [lambda: check_ffcv(recipe.data)] * (recipe.data.loader == "ffcv"):
         try:
-            check_ffcv(recipe.data)
+            check()
         except RecipeError as error:
             lines.append(str(error))
     return lines
@@ -51,11 +51,9 @@ def check_machine(recipe: TransferRecipe) -> None:
         raise RecipeError("\n".join(lines))
 
 
-def check_rows(
-    sets: Sequence[CaptionData | TokenTable], llm: LanguageModel, queries: int, layout: TransferData
-) -> None:
+def check_rows(sets: Sequence[TokenisedCaptions], llm: LanguageModel, queries: int, layout: TransferData) -> None:
     """Raises DataError where the longest caption of a set does not fit into a row behind its visual tokens, or a pair into a micro-batch."""
-    for captions in sets:
+    for captions in itertools.chain.from_iterable(s.sets if isinstance(s, JoinedCaptions) else [s] for s in sets):
         lead = len(captions.lead(0))
         longest = longest_caption(captions)
         if llm.is_encoder_decoder:
@@ -71,7 +69,7 @@ def check_rows(
             )
 
 
-def longest_caption(captions: CaptionData | TokenTable) -> int:
+def longest_caption(captions: TokenisedCaptions) -> int:
     """Tokens of the longest caption of a set."""
     if isinstance(captions, TokenTable):
         return captions.longest_caption

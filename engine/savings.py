@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from ..kernels.image_decode import image_decode_unsupported_reason
 from .kernel_choice import Choice
 from .models.vlm import VisionLanguageModel
+from .prompt_cache import prompt_cache_rows
 from .recipe import TransferRecipe
 
 
@@ -55,9 +56,10 @@ def _of_images(recipe: TransferRecipe, model: VisionLanguageModel) -> list[Savin
             f"data.decode is {data.decode}" + (f"; {decoder_missing}" if decoder_missing else ""),
         ),
         Saving(
-            "vision cache", data.vision_cache, not augmented,
-            f"{data.views} stored view(s)" if data.vision_cache else "data.vision_cache is off",
+            "vision cache", data.vision_cache, not augmented and data.cache_precision == "compute",
+            f"{data.views} stored view(s), {data.cache_precision} precision" if data.vision_cache else "data.vision_cache is off",
         ),
+        *(Saving(*row) for row in prompt_cache_rows(recipe)),
         Saving(
             "one image, one encoding", data.captions_per_image != 1, not shared,
             why + (f"; the captions of an image share one {' and one '.join(shared)}" if shared else ""),

@@ -31,7 +31,8 @@ USAGE = "usage: train.py RECIPE.yaml [section.key=value ...] [--dry-run]"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0, 2 for a recipe or data error (one message), 1 for a run that had to stop, 130 after Ctrl-C."""
+    """Exit code 0, 2 for a recipe or data error (one message), 1 for a run that had to stop, 75 for one that a scheduler asked to, 130 after
+    Ctrl-C."""
     given = sys.argv[1:] if argv is None else argv
     dry = "--dry-run" in given
     arguments = [a for a in given if a != "--dry-run"]
@@ -56,9 +57,12 @@ def _run(recipe: TransferRecipe, dry: bool) -> int:
     from .checkpoint import CheckpointError
     from .data.coco import DataError
     from .data.images import ImageRefused
-    from .loop import RunStopped, run
+    from .guards import RunStopped
+    from .loop import run
     from .models.llm import ModelError
+    from .notice import EXIT_CODE, StoppedOnNotice
     from .out_of_memory import explain, shortage
+    from .startup import StartError
 
     try:
         if dry:
@@ -73,9 +77,18 @@ def _run(recipe: TransferRecipe, dry: bool) -> int:
     except (CheckpointError, DataError, ImageRefused, ModelError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
+    except StartError as error:
+        if not error.quiet:
+            print(error, file=sys.stderr)
+        return 2
     except RunStopped as error:
-        print(f"stopped: {error}", file=sys.stderr)
+        if not error.quiet:
+            print(f"stopped: {error}", file=sys.stderr)
         return 1
+    except StoppedOnNotice as error:
+        if not error.quiet:
+            print(f"stopped {error}", file=sys.stderr)
+        return EXIT_CODE
     except (RuntimeError, MemoryError) as error:
         found = shortage(error)
         if found is None:

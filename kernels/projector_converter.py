@@ -20,6 +20,9 @@ but then every block of 32 rows reads all of W_s and W_c: 4.3 MB for 768 -> 768 
 2 x 1.8 MB of intermediate, 0.9 us.  Blocks of 128 rows fill 132 SMs only from 16,900 rows on, where merging is long cheaper.  So the chain is two
 products by torch (cuBLAS), the second with the scatter.
 
+In the engine a run merges projector and converter before it trains (engine/transfer/merge.py), and what trains is one linear: `linear_into` is what
+it uses.  `MergedFactors` and `projector_converter` are for training the two factors apart, which no recipe asks for.
+
 Bench: benches/bench_projector_converter.py.
 """
 
@@ -136,7 +139,7 @@ def linear_into(
     *,
     impl: Impl | None = None,
 ) -> Tensor:
-    """into[slots] = x[rows] W^T + b, in place; returns `into`.
+    """into[slots] = x[rows] W^T + b, in place; returns `into`, or where that needs no gradient the same memory with this one's history.
 
     Differentiable in x, weight, bias and `into` (whose overwritten rows get zero).  Where a slot or a row lies outside, the kernel writes nothing
     to the slot, torch raises; neither writes elsewhere.  Under torch.autocast x, weight and bias are cast to into's dtype.  torch.compile breaks
@@ -154,6 +157,8 @@ def linear_into(
         raise RuntimeError(f"linear_into: impl='triton' cannot run here: {reason}")
     if impl is None and reason is not None:
         log_fallback_once("projector_converter", reason)
+    if not into.requires_grad:
+        into = into.detach()  # autograd cannot record several inputs written into a view of what needs no gradient
     return _LinearInto.apply(x, weight, bias, into, slots, rows, impl != "reference" and reason is None)
 
 

@@ -388,7 +388,7 @@ def test_largest_micro_batch_is_the_largest():
 def test_what_does_not_fit_says_what_would():
     stage = plan_recipe(recipe_of("flant5_xl_to_xxl"), "4090", 8, with_switches=False)["stages"][0]
     assert not stage["fits"] and stage["largest_rows_per_micro_batch"] == 0
-    assert "sharding the frozen parts" in stage["remedy"] and "cannot do yet" in stage["remedy"]
+    assert "sharding the frozen parts" in stage["remedy"] and "distribution.frozen=sharded" in stage["remedy"]
     stage = plan_recipe(recipe_of("vl_llama"), "4090", 1, with_switches=False)["stages"][1]
     assert not stage["fits"] and f"rows_per_micro_batch={stage['largest_rows_per_micro_batch']}" in stage["remedy"]
 

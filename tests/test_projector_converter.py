@@ -273,3 +273,15 @@ def test_compiled_budgets(compiled_kernels):
         assert kernel["registers"] <= 232 and kernel["spill_bytes"] == kernel["local_accesses"] == 0, kernel
         assert kernel["shared_bytes"] <= (144 if hopper else 48) * 1024, kernel
         assert (kernel["wgmma"] >= 4 and kernel["mma"] == 0) if hopper else kernel["mma"] >= 32, kernel
+
+
+def test_into_a_view_of_what_needs_no_gradient():
+    generator = torch.Generator().manual_seed(2)
+    x, weight, bias = (torch.randn(*s, generator=generator).to(DEVICE).requires_grad_() for s in ((2, 3), (4, 3), (4,)))
+    words = torch.zeros(2, 3, 4, device=DEVICE)
+    rows = linear_into(x, weight, bias, words.flatten(0, 1), torch.tensor([4, 1], device=DEVICE), impl="reference")
+    expected = torch.nn.functional.linear(x, weight, bias)
+    assert torch.equal(words.flatten(0, 1)[[4, 1]], expected) and not words.requires_grad
+    grads = torch.autograd.grad(rows.square().sum(), (x, weight, bias))
+    for grad, right in zip(grads, torch.autograd.grad(expected.square().sum(), (x, weight, bias)), strict=True):
+        torch.testing.assert_close(grad, right)

@@ -6,11 +6,14 @@ B images, Q query tokens, T text tokens, N image tokens, D hidden width, W width
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..recipe import QFormerConfig
+from .cross_attention import image_readers
 
 
 class _QKV(nn.Module):
@@ -31,7 +34,11 @@ class _ResidualOutput(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, hidden: Tensor, residual: Tensor) -> Tensor:
-        return self.LayerNorm(F.dropout(self.dense(hidden), self.dropout, self.training) + residual)
+        return self.finish(self.dense(hidden), residual)
+
+    def finish(self, dense: Tensor, residual: Tensor) -> Tensor:
+        """What follows the dense layer, for those that come with its result."""
+        return self.LayerNorm(F.dropout(dense, self.dropout, self.training) + residual)
 
 
 class _Attention(nn.Module):
@@ -77,12 +84,15 @@ class _Layer(nn.Module):
             self.intermediate = _Dense(width, inner)
             self.output = _ResidualOutput(inner, width, config)
 
-    def forward(self, x: Tensor, queries: int, image: Tensor | None, mask: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, queries: int, image: Tensor | None, mask: Tensor | None, read_image: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:  # fmt: skip
+        """read_image: stands in for the cross-attention to `image`."""
         x = self.attention(x, x, mask)
         query_part, text_part = x[:, :queries], x[:, queries:]
         if queries:
             if self.crossattention is not None:
-                query_part = self.crossattention(query_part, image)
+                query_part = read_image(query_part) if read_image else self.crossattention(query_part, image)
             query_part = self.output_query(self.intermediate_query(query_part), query_part)
         if text_part.shape[1]:
             text_part = self.output(self.intermediate(text_part), text_part)
@@ -116,13 +126,20 @@ class QFormer(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(
-        self, queries: Tensor | None, image: Tensor | None, text: Tensor | None = None, mask: Tensor | None = None
-    ) -> Tensor:
-        """queries (B, Q, D), image (B, N, W), text embeddings (B, T, D), mask (B, 1, Q+T, Q+T) bool -> (B, Q+T, D)."""
+        self, queries: Tensor | None, image: Tensor | None, text: Tensor | None = None, mask: Tensor | None = None,
+        norm: nn.LayerNorm | None = None,
+    ) -> Tensor:  # fmt: skip
+        """queries (B, Q, D), image (B, N, W), text embeddings (B, T, D), mask (B, 1, Q+T, Q+T) bool -> (B, Q+T, D).
+
+        norm: `image` is as it was before this norm, and kernels/qformer_attention.py reads it.
+        """
         parts = [p for p in (queries, text) if p is not None]
         x = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
         x = F.dropout(self.layernorm(x), self.dropout, self.training)
         count = 0 if queries is None else queries.shape[1]
+        crossing = [layer.crossattention for layer in self.encoder.layer if layer.crossattention is not None]
+        readers = iter(image_readers(crossing, image, norm, count) if norm is not None else ())
         for layer in self.encoder.layer:
-            x = layer(x, count, image, mask)
+            read_image = next(readers, None) if layer.crossattention is not None else None
+            x = layer(x, count, image, mask, read_image)
         return x

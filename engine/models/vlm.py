@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from ..data.packing import Batch, Group, TokenisedCaptions
 from ..recipe import Generation, TransferData
+from .causal import CausalLanguageModel
 from .llm import LanguageModel
-from .vpg import VPG
+from .vpg import VPG, VPGOutput
 
 
 class VisionLanguageModel(nn.Module):
@@ -24,6 +25,9 @@ class VisionLanguageModel(nn.Module):
     after_prompts: Callable[[], None] | None = None  # called between soft prompts and language model: a clock's lap (cost.py)
 
     has_compiled_blocks = False
+    projects_into_rows = (
+        False  # whether `kernels.projector_converter` writes soft prompts where the language model reads them
+    )
 
     def __init__(self, vpg: VPG, projector: nn.Linear, llm: LanguageModel):
         super().__init__()
@@ -35,9 +39,12 @@ class VisionLanguageModel(nn.Module):
     def queries(self) -> int:
         return self.vpg.config.num_query_tokens
 
-    def soft_prompts(self, features: Tensor) -> Tensor:
-        """features (B, N, image width) -> (B, queries, LLM width)."""
-        return self.projector(self.vpg(features))
+    def soft_prompts(self, features: Tensor | VPGOutput) -> Tensor:
+        """features (B, N, image width), or what the VPG made of them before -> (B, queries, LLM width)."""
+        return self.projector(self._visual(features))
+
+    def _visual(self, features: Tensor | VPGOutput) -> Tensor:
+        return features.values if isinstance(features, VPGOutput) else self.vpg(features)
 
     def freeze_for(self, trains: str, frozen_dropout: bool) -> None:
         """Set what trains in a stage, and the mode of every part: frozen parts run in eval mode unless the recipe says otherwise."""
@@ -58,8 +65,14 @@ class VisionLanguageModel(nn.Module):
             split_seed=split_seed,
         )  # fmt: skip
 
-    def loss_sum(self, features: Tensor, batch: Batch) -> Tensor:
+    def loss_sum(self, features: Tensor | VPGOutput, batch: Batch) -> Tensor:
         """features (groups, N, image width) of `batch.groups` -> scalar, float32 or wider, summed over `batch.target_count` targets."""
+        if self.projects_into_rows:
+            assert isinstance(self.llm, CausalLanguageModel)
+            visual = self._visual(features)
+            if self.after_prompts is not None:
+                self.after_prompts()
+            return self.llm.loss_sum(visual, batch, self.projector)
         prompts = self.soft_prompts(features)
         if self.after_prompts is not None:
             self.after_prompts()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,8 +17,17 @@ from .qformer import QFormer
 LN_VISION_EPS = 1e-5  # the reference's; transformers' BLIP-2 uses the ViT's 1e-6 in the same place
 
 
+@dataclass(frozen=True)
+class VPGOutput:
+    """What a VPG gave for the images of a batch: (B, queries, hidden width), in place of their features."""
+
+    values: Tensor
+
+
 class VPG(nn.Module):
     """features (B, N, image width) -> soft prompts (B, queries, hidden width).  Names as in transformers' BLIP-2, but for `ln_vision`."""
+
+    fuses_cross_attention = False  # whether `kernels.qformer_attention` reads the image tokens
 
     def __init__(self, config: QFormerConfig, image_width: int, text_branch: bool = False):
         super().__init__()
@@ -30,7 +40,10 @@ class VPG(nn.Module):
         self.qformer = QFormer(config, image_width, text_branch)
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.qformer(self.query_tokens.expand(features.shape[0], -1, -1), self.ln_vision(features))
+        queries = self.query_tokens.expand(features.shape[0], -1, -1)
+        if self.fuses_cross_attention:
+            return self.qformer(queries, features, norm=self.ln_vision)
+        return self.qformer(queries, self.ln_vision(features))
 
 
 def save_parts(folder: Path, parts: dict[str, nn.Module], config: dict[str, object]) -> None:

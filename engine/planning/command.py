@@ -18,6 +18,12 @@ MODEL_OF_TIME = (
     "is whole on every GPU."
 )
 
+LAYOUTS = {
+    "replicated": "frozen parts whole on each",
+    "node": "sharded over a node",
+    "world": "sharded over all GPUs",
+}
+
 
 def main(argv: list[str]) -> int:
     """Plan and print; exit code 0, 2 for a mistake in what was given.  `ValueError`s are the command line's to print."""
@@ -66,6 +72,8 @@ def show(found: dict[str, Any]) -> None:
         ]
         _table(console, f"savings in {stage['name']}", ("saving", "", "GFLOP a pair without", "", "why"), rows)
     _bill(console, found)
+    for stage in found["stages"]:
+        _communication(console, stage)
     _disk(console, found)
     if found["switches"]:
         _table(
@@ -164,12 +172,38 @@ def _bill(console: Console, found: dict[str, Any]) -> None:
     _table(console, "the bill", columns, rows)
 
 
+def _communication(console: Console, stage: dict[str, Any]) -> None:
+    rows = [
+        (
+            f"{r['gpus']}", LAYOUTS[r["layout"]], f"{r['reduced_bytes'] / 1e6:,.0f}", f"{r['gathered_bytes'] / 1e9:,.2f}",
+            f"{1e3 * r['reduce_s']:,.1f}", f"{1e3 * r['gather_s']:,.1f}", f"{1e3 * r['computing_s']:,.0f}", f"{r['hidden_share']:.0%}",
+            f"{r['added_share']:+.1%}",
+        )
+        for r in stage["communication"]
+    ]  # fmt: skip
+    if rows:
+        columns = (
+            "GPUs",
+            "part",
+            "MB reduced",
+            "GB gathered",
+            "ms reducing",
+            "ms gathering",
+            "ms computing",
+            "hidden",
+            "adds",
+        )
+        title = f"communication of a GPU in an update of {stage['name']}, NVLink inside a node of 8, 400 Gb/s a GPU between nodes"
+        _table(console, title, columns, rows)
+
+
 def _disk(console: Console, found: dict[str, Any]) -> None:
     disk = found["disk"]
     cache = "on" if disk["vision_cache"] else "off; were it on"
     console.print(
         f"Disk for {disk['images']:,} training images: vision cache ({cache}) {disk['vision_cache_bytes'] / 1e9:,.1f} GB "
-        f"({disk['views']} view(s) of {disk['vision_cache_bytes_an_image'] / 1e3:,.0f} kB), packed JPEGs {disk['pack_bytes'] / 1e9:,.1f} GB, "
+        f"({disk['views']} view(s) of {disk['vision_cache_bytes_an_image'] / 1e3:,.0f} kB), prompt cache ({'on' if disk['prompt_cache'] else 'off; were it on'}) "
+        f"{disk['prompt_cache_bytes'] / 1e9:,.1f} GB, packed JPEGs {disk['pack_bytes'] / 1e9:,.1f} GB, "
         f"token tables {disk['token_table_bytes'] / 1e9:,.2f} GB.\n",
         markup=False,
     )

@@ -154,3 +154,17 @@ def _quantise(llm: LanguageModel, tower: VisionTower, device: torch.device, log:
     ):
         for line in quantise_frozen_(module, run=forward).lines():
             log.say(f"{name}: {line}")
+
+
+def quantise_tower(asked: Kernels, tower: VisionTower, runtime: Runtime) -> None:
+    """Leave the tower as `use_kernels` leaves it, so that its caches have the run's key; RecipeError as there."""
+    reason = fp8_reason(runtime.device)
+    if asked.frozen_linear == "kernel" and reason is not None:
+        raise RecipeError(f"kernels.frozen_linear: expected auto or torch here, got kernel: {reason}")
+    if asked.frozen_linear == "kernel" or (
+        asked.frozen_linear == "auto" and "frozen_linear" in MEASURED and reason is None
+    ):
+        pixels = torch.zeros(
+            1, 3, tower.image_size, tower.image_size, device=runtime.device, dtype=runtime.compute_dtype
+        )
+        quantise_frozen_(tower.module, run=lambda: tower.features(pixels))

@@ -21,14 +21,15 @@ from torch import Tensor
 from . import outcome
 from .back_ends import check_back_ends
 from .checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, trainable_tensors
-from .data.captioned import open_captioned
+from .data.captioned import open_captioned, open_training
 from .data.coco import read_questions
 from .data.dealing import group_tokens
 from .data.feature_cache import open_features
 from .data.features import FeatureSource
 from .data.ffcv_loader import FFCVFeatures, check_ffcv
-from .data.packing import Batch, Group, Position, Subset, TokenisedCaptions, UpdateOrder, join
+from .data.packing import Batch, Group, Position, Subset, TokenisedCaptions, UpdateOrder
 from .data.stream import Update, UpdateStream
+from .data.token_table import TokenTable
 from .diagnostics import Watch
 from .distributed.frozen import check_layout, place
 from .distributed.reduction import GradientReduction
@@ -43,7 +44,7 @@ from .models.vlm import VisionLanguageModel
 from .notice import StoppedOnNotice
 from .optim import build_adamw, learning_rate, set_learning_rate, take_step
 from .prompt_cache import stored_prompts
-from .recipe import Stage, TransferRecipe, save_recipe
+from .recipe import ImageData, Stage, TransferRecipe, save_recipe
 from .runlog import RunLog, duration
 from .runtime import Runtime
 from .transfer.initialise import Origins, build_model
@@ -186,18 +187,15 @@ def _prepare(recipe: TransferRecipe, runtime: Runtime, log: RunLog, progress: Pr
     opening = {
         "max_text_tokens": layout.max_text_tokens, "seed": recipe.seed, "verify_images": layout.verify_images, "cache_root": caches, "log": log,
     }  # fmt: skip
-    sets, subsets, fixed, at = [], {}, [], 0
-    for entry in layout.train:
+
+    def opened(entry: ImageData) -> TokenTable:
         captions = open_captioned(entry, model.llm, **opening)
         outcome.report_refusals(log, recipe.output.folder, captions)
-        sets.append(captions)
-        subsets[entry.name] = Subset(at, at + len(captions), entry.weight or 1.0), entry.weight
-        if entry.transform == "eval":
-            fixed.append(range(at, at + len(captions)))
-        at += len(captions)
+        return captions
+
+    data, subsets, fixed = open_training(layout.train, opened)
     val_data = open_captioned(layout.val, model.llm, **opening, name=f"{layout.val.name}-val")
     outcome.report_refusals(log, recipe.output.folder, val_data)
-    data = join(sets)
     place(model, tower, recipe, runtime, log)
     choices = use_kernels(recipe.kernels, model, tower, runtime, log, recipe.attention)
     common = {

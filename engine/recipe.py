@@ -633,6 +633,12 @@ class TransferRecipe(_Recipe):
                 "kernels.adamw_step, distribution.optimizer: the kernel updates every parameter that has a gradient, got kernel and sharded; set "
                 "adamw_step to torch, or optimizer to replicated"
             )
+        for index, stage in enumerate(self.stages):
+            if stage.optimizer.implementation == "apex" and self.distribution.optimizer == "sharded":
+                raise ValueError(
+                    f"stages.{index}.optimizer.implementation, distribution.optimizer: only torch's AdamW is sharded, got apex and sharded; set "
+                    "implementation to fused, or optimizer to replicated"
+                )
         return self
 
     def prompt_cache_fault(self, stage: Stage) -> str | None:
@@ -646,7 +652,11 @@ class TransferRecipe(_Recipe):
             return "data.loader is 'ffcv', whose views cannot be had again"
         if data.vision_cache:
             return None
-        random = [e.name for e in data.train if e.name in (stage.data or [e.name]) and (e.transform or data.transform) == "train"]
+        random = [
+            e.name
+            for e in data.train
+            if e.name in (stage.data or [e.name]) and (e.transform or data.transform) == "train"
+        ]
         if random:
             return (
                 f"data.transform 'train' draws a new view of {', '.join(random)} each epoch; set data.vision_cache with data.views, or "

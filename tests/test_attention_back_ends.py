@@ -317,16 +317,16 @@ def test_a_kernel_and_a_back_end_are_not_both_asked_for(tiny_recipe):
         load_recipe(tiny_recipe, ["attention=fast"])
 
 
-def test_what_the_savings_table_says(make_llm, sdpa_for_flash):
+def test_what_the_savings_table_says(make_llm, make_vlm, sdpa_for_flash):
     runtime = start("cpu", "fp32", 1, 0)
     try:
-        found = {c.name: c for c in use_kernels(Kernels(), make_llm("llama"), None, runtime, None, "flash")}
+        found = {c.name: c for c in use_kernels(Kernels(), make_vlm(make_llm("llama")), None, runtime, None, "flash")}
         assert found["packed attention"].on and found["packed attention"].why == "attention is flash"
         assert not found["prefix_attention"].on and "is torch" in found["prefix_attention"].why
-        assert "packed attention" not in {c.name for c in use_kernels(Kernels(), make_llm("opt"), None, runtime, None)}
+        assert "packed attention" not in {c.name for c in use_kernels(Kernels(), make_vlm(make_llm("opt")), None, runtime, None)}
         llm = make_llm("llama")
         llm.model.config._attn_implementation = "eager"
         with pytest.raises(RecipeError, match="attends by eager"):
-            use_kernels(Kernels(), llm, None, runtime, None, "flash")
+            use_kernels(Kernels(), make_vlm(llm), None, runtime, None, "flash")
     finally:
         stop()

@@ -138,5 +138,5 @@ def test_processes_fill_one_table_at_once(tmp_path):
 
 def test_another_layout_is_foreign(tmp_path):
     opened(tmp_path)
-    with pytest.raises(DataError, match="layout: expected .*, found .*a foreign cache"):
+    with pytest.raises(DataError, match=r"layout: expected .*, found .*a foreign cache"):
         opened(tmp_path, Layout(2, 50, 3, 10, torch.bfloat16))

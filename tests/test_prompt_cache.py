@@ -73,7 +73,9 @@ def test_the_vpg_runs_once_an_image(tiny_recipe, tmp_path, monkeypatch):
     no_validation = "evaluation.loss_images=1"
     counts = forwards(monkeypatch)
     went(tiny_recipe, tmp_path / "run", *settings, no_validation)
-    assert counts.count(24) == 1 and sum(counts) - 24 <= 16 + 8  # the converter's images; a validation image now and then
+    assert (
+        counts.count(24) == 1 and sum(counts) - 24 <= 16 + 8
+    )  # the converter's images; a validation image now and then
 
 
 def test_views_and_mixed_transforms(tiny_recipe, tmp_path):

@@ -110,7 +110,9 @@ class StoredFeatures(FeatureSource):
         layout, device = self.table.layout, self.runtime.device
         if not isinstance(prepared, _Absent):
             return layout.decode(prepared.to(device, non_blocking=True))
-        stored = self.table.read(prepared.rows)  # since it was prepared, another micro-batch or process may have stored them
+        stored = self.table.read(
+            prepared.rows
+        )  # since it was prepared, another micro-batch or process may have stored them
         if stored is None:
             raw = layout.encode(self._compute(prepared.of_inner))
             self._store(prepared, raw.cpu())
@@ -168,7 +170,9 @@ class StoredFeatures(FeatureSource):
 class StoredPrompts(StoredFeatures):
     """Outputs of a VPG that is frozen and in eval mode, in place of features: `finish` gives a VPGOutput."""
 
-    def __init__(self, identity: Identity, table: FeatureTable, inner: LiveFeatures | StoredFeatures, log: RunLog, vpg: VPG, must_store: bool = False):  # fmt: skip
+    def __init__(
+        self, identity: Identity, table: FeatureTable, inner: LiveFeatures | StoredFeatures, log: RunLog, vpg: VPG, must_store: bool = False
+    ):  # fmt: skip
         super().__init__(identity, table, inner, log, must_store)
         self.vpg = vpg
 

@@ -129,7 +129,9 @@ class FeatureTable:
         self.entries: np.ndarray = np.memmap(folder / "rows.crc", dtype="<u8", mode="r").view(np.ndarray)
         self.is_complete = (folder / "complete.json").is_file()
         if self.is_complete and (absent := self.missing()):
-            raise self._refused(folder / "rows.crc", f"{absent:,} rows have no checksum, although the cache was complete")
+            raise self._refused(
+                folder / "rows.crc", f"{absent:,} rows have no checksum, although the cache was complete"
+            )
         # A row is checked once a process: when it is read, and those that a power cut may have torn before the table is called complete.
         self._verified = np.zeros(layout.rows, bool)
         self._from_before = self.entries != 0
@@ -210,15 +212,18 @@ class FeatureTable:
 
         Returns how many did.  Raises DataError where the table is complete.
         """
-        failed = 0
-        for row in np.flatnonzero(self._from_before & ~self._verified)[rank::world_size].tolist():
-            if not self._is_sound(row, self._stored(row)):
-                self._damage(row)
-                self._set_entry(row, 0)
-                self._from_before[row] = False
-                failed += 1
+        failed = self.failing(rank, world_size)
+        for row in failed:
+            self._damage(row)
+            self._set_entry(row, 0)
+            self._from_before[row] = False
         self.damaged.clear()
-        return failed
+        return len(failed)
+
+    def failing(self, rank: int = 0, world_size: int = 1) -> list[int]:
+        """Rows of `rank`'s share that were there before, have not been read, and fail their checksum."""
+        unread = np.flatnonzero(self._from_before & ~self._verified)[rank::world_size].tolist()
+        return [row for row in unread if not self._is_sound(row, self._stored(row))]
 
     def mark_complete(self) -> None:
         """Bring everything to the disk and say so; only after `verify`."""
@@ -278,7 +283,9 @@ class FeatureTable:
             raise self._refused(path, f"expected what a cache was made of, found no such thing ({error})") from error
         if differing:
             name = differing[0]
-            raise self._refused(path, f"{name}: expected {expected[name]!r}, found {found.get(name)!r}: a foreign cache")
+            raise self._refused(
+                path, f"{name}: expected {expected[name]!r}, found {found.get(name)!r}: a foreign cache"
+            )
 
     def _make_or_check(self, path: Path, size: int) -> None:
         is_made = (self.folder / "about.json").is_file()

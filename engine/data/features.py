@@ -82,9 +82,7 @@ class LiveFeatures(FeatureSource):
 
     def as_eval(self) -> LiveFeatures:
         """The same images with the eval transform alone."""
-        return LiveFeatures(
-            self.data, self.tower, "eval", self.seed, self.runtime, (), self.decode, self.bad_images
-        )
+        return LiveFeatures(self.data, self.tower, "eval", self.seed, self.runtime, (), self.decode, self.bad_images)
 
     def _leave_out(self, image: int, fault: ImageRefused) -> None:
         self.unusable[image] = str(fault)

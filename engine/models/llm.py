@@ -294,6 +294,21 @@ def load_language_model(
     return language_model
 
 
+def load_tokenizer_only(path: str | Path) -> LanguageModel:
+    """A language model without weights, for what needs its tokenizer and sizes alone; raises ModelError as `load_language_model`."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    name = str(path)
+    try:
+        config = AutoConfig.from_pretrained(name)
+        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        with torch.device("meta"):
+            model = kind.from_config(config, attn_implementation=attention_of(config))
+        return wrap(model, AutoTokenizer.from_pretrained(name), name)
+    except LOAD_ERRORS as error:
+        raise ModelError(f"llm: expected a language model folder or hub id, got {name!r}: {error}") from error
+
+
 def attention_of(config: Any) -> str:
     """The attention implementation for a model: sdpa, but eager where scores are soft-capped (Gemma 2) or T5's bias is added."""
     return "eager" if getattr(config, "attn_logit_softcapping", None) or config.is_encoder_decoder else "sdpa"

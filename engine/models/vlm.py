@@ -37,8 +37,10 @@ class VisionLanguageModel(nn.Module):
 
     def soft_prompts(self, features: Tensor | VPGOutput) -> Tensor:
         """features (B, N, image width), or what the VPG made of them before -> (B, queries, LLM width)."""
-        visual = features.values if isinstance(features, VPGOutput) else self.vpg(features)
-        return self.projector(visual)
+        return self.projector(self._visual(features))
+
+    def _visual(self, features: Tensor | VPGOutput) -> Tensor:
+        return features.values if isinstance(features, VPGOutput) else self.vpg(features)
 
     def freeze_for(self, trains: str, frozen_dropout: bool) -> None:
         """Set what trains in a stage, and the mode of every part: frozen parts run in eval mode unless the recipe says otherwise."""
@@ -63,7 +65,7 @@ class VisionLanguageModel(nn.Module):
         """features (groups, N, image width) of `batch.groups` -> scalar, float32 or wider, summed over `batch.target_count` targets."""
         if self.projects_into_rows:
             assert isinstance(self.llm, CausalLanguageModel)
-            return self.llm.loss_sum(self.vpg(features), batch, self.projector)
+            return self.llm.loss_sum(self._visual(features), batch, self.projector)
         return self.llm.loss_sum(self.soft_prompts(features), batch)
 
     @torch.no_grad()

@@ -389,7 +389,16 @@ def _flops(func: Any, name: str, args: tuple, kwargs: dict, out: Any) -> int:
 
 def count_operations(run: Callable[[], Any]) -> float:
     """Operations of `run` on real tensors, counted as in `Cost`."""
+    return _recorded(run).count
+
+
+def count_flops(run: Callable[[], Any]) -> float:
+    """FLOPs of `run` on real tensors, counted as in `Cost`."""
+    return _recorded(run).flops
+
+
+def _recorded(run: Callable[[], Any]) -> Cost:
     recorder = _Recorder()
     with recorder:
         run()
-    return sum(recorder.operations.values())
+    return Cost(recorder.operations)

@@ -500,6 +500,17 @@ class Kernels(_Section):
     )
 
 
+class Step(_Section):
+    """How an update is executed, the same result within rounding; auto: where it was measured to pay (nowhere yet, benches/LOG.md)."""
+
+    compile: Literal["auto"] | bool = Field(
+        "auto", description="blocks of tower, Q-Former and language model through torch.compile"
+    )
+    cuda_graphs: Literal["auto"] | bool = Field(
+        "auto", description="the language model's pass over full micro-batches of packed rows, captured (CUDA only)"
+    )
+
+
 class Distribution(_Section):
     """What each rank of a run with several keeps; on one process nothing changes.  Any setting may differ from that of the run that is resumed."""
 
@@ -543,6 +554,7 @@ class TransferRecipe(_Recipe):
     )
     evaluation: Evaluation = Evaluation()
     kernels: Kernels = Kernels()
+    step: Step = Step()
     guards: Guards = Guards()
     distribution: Distribution = Distribution()
     attention: Literal["auto", "sdpa", "flex", "flash", "xformers"] = Field(

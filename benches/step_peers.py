@@ -203,11 +203,20 @@ class Peer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def check(self, source: str = "live") -> dict[str, float]:
-        """Loss and norms of gradients, without dropout; weights stay as they are."""
+    def check(self, source: str = "live", counts: bool = False) -> dict[str, float]:
+        """Loss and norms of gradients, without dropout; weights stay as they are.
+
+        Also `check_s`, the seconds it took, and where `counts` is set the FLOPs of its products and attentions as `flops`, a multiplication and an
+        addition counted as two.
+        """
         self.modules.eval()
-        loss = self.accumulate(source)
-        found = {"loss": float(loss)}
+        flops, began = 0.0, time.perf_counter()
+        losses: list[Tensor] = []
+        if counts:
+            flops = count_flops(lambda: losses.append(self.accumulate(source)))
+        else:
+            losses.append(self.accumulate(source))
+        found = {"loss": float(losses[0]), "check_s": time.perf_counter() - began, "flops": flops}
         found |= {name: float(g.double().norm()) for name, g in self.watched().items() if g is not None}
         self.optimizer.zero_grad(set_to_none=True)
         self.train_mode()
@@ -220,16 +229,8 @@ class Peer:
         """Seconds of one step: by the clock, and of CPU time a thread."""
         return timed(lambda: self.once(source), self.settings)
 
-    def flops(self, source: str = "live") -> float:
-        """Of the products and attentions of one step, a multiplication and an addition counted as two."""
-        try:
-            return count_flops(lambda: self.accumulate(source))
-        finally:
-            self.optimizer.zero_grad(set_to_none=True)
-
     def peak_mib(self, source: str = "live") -> float:
-        """Memory that a step takes beyond what lies there between steps: weights, AdamW's moments and the pairs."""
-        self.once(source)
+        """Memory that a step takes beyond what lies there between steps: weights, AdamW's moments and the pairs; after a first step."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
@@ -256,8 +257,8 @@ class Peer:
 
     def free(self) -> None:
         """Give back what torch's allocator keeps, so that the next peer has it."""
-        gc.collect()
         if self.device.type == "cuda":
+            gc.collect()
             torch.cuda.empty_cache()
 
 
@@ -412,9 +413,6 @@ class Tuned(Transformers):
         head = model.language_model.get_output_embeddings().weight
         states, labels = hidden[:, :-1].flatten(0, 1).to(head.dtype), batch["labels"][:, 1:].flatten()
         return self.fused_loss(head, states, labels) / self.targets
-
-    def flops(self, source: str = "live") -> float:
-        raise NotImplementedError("compiled blocks cannot be counted; the arithmetic is that of `transformers`")
 
 
 class Engine(Peer):

@@ -56,12 +56,12 @@ def guarded(recipe: TransferRecipe) -> Iterator[tuple[Runtime, Guard]]:
     if recipe.output.wandb and (reason := wandb_unsupported_reason()):
         raise StartError(reason)
     notice = Notice()
-    notice.install()
     try:
         with deterministic_algorithms(recipe.guards.deterministic):
             runtime = start(
                 recipe.device, recipe.precision, recipe.threads, recipe.seed, recipe.guards.timeout_s, facts(recipe)
             )
+            notice.install()  # not before: a rank that waits for others to come hears nothing, and has nothing to save
             try:
                 guard = Guard(recipe, runtime, notice)
                 try:

@@ -147,17 +147,28 @@ def test_every_combination_is_the_plain_formulation(family, world):
         check(found, expected, TOLERANCE[family], where)
 
 
-@pytest.mark.parametrize("family", ["opt", "llama", "t5"])
-def test_compiled_blocks_are_the_plain_formulation(family, world):
-    """Through dynamo and autograd's ahead-of-time graphs; what a compiler makes of them is the slow test's."""
+@pytest.mark.parametrize(
+    ("family", "backend"),
+    [
+        ("opt", "eager"),
+        *(
+            pytest.param(f, b, marks=pytest.mark.slow)
+            for f in ("opt", "llama", "t5")
+            for b in ("aot_eager", "inductor")
+        ),
+    ],
+)
+def test_compiled_blocks_are_the_plain_formulation(family, backend, world):
+    """eager: dynamo's graphs as they are; aot_eager: with autograd's ahead-of-time backward; inductor: what a run has."""
     model, data, features = world(family)
     expected = plain(model, data, features["live"])
     try:
-        assert compile_blocks(model.vpg.qformer, "aot_eager") == 2
-        assert compile_blocks(model.llm.model, "aot_eager") == (4 if family == "t5" else 2)
-        for grouped, budget in ((True, BUDGETS[1]), (False, BUDGETS[2])):
+        assert compile_blocks(model.vpg.qformer, backend) == 2
+        assert compile_blocks(model.llm.model, backend) == (4 if family == "t5" else 2)
+        cases = ((True, BUDGETS[1]), (False, BUDGETS[2])) if backend != "eager" else ((True, BUDGETS[2]),)
+        for grouped, budget in cases:
             found = in_rows(model, data, features["cached"], grouped, *budget, False)
-            check(found, expected, TOLERANCE[family], f"{family}, compiled, grouped {grouped}, {budget}")
+            check(found, expected, TOLERANCE[family], f"{family}, {backend}, grouped {grouped}, {budget}")
     finally:
         torch._dynamo.reset()
 

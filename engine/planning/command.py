@@ -191,10 +191,10 @@ def _communication(console: Console, stage: dict[str, Any]) -> None:
 
 def _disk(console: Console, found: dict[str, Any]) -> None:
     disk = found["disk"]
-    cache = "on" if disk["vision_cache"] else "off; were it on"
+    cache, prompts = ("on" if disk[k] else "off; were it on" for k in ("vision_cache", "prompt_cache"))
     console.print(
         f"Disk for {disk['images']:,} training images: vision cache ({cache}) {disk['vision_cache_bytes'] / 1e9:,.1f} GB "
-        f"({disk['views']} view(s) of {disk['vision_cache_bytes_an_image'] / 1e3:,.0f} kB), prompt cache ({'on' if disk['prompt_cache'] else 'off; were it on'}) "
+        f"({disk['views']} view(s) of {disk['vision_cache_bytes_an_image'] / 1e3:,.0f} kB), prompt cache ({prompts}) "
         f"{disk['prompt_cache_bytes'] / 1e9:,.1f} GB, packed JPEGs {disk['pack_bytes'] / 1e9:,.1f} GB, "
         f"token tables {disk['token_table_bytes'] / 1e9:,.2f} GB.\n",
         markup=False,

@@ -426,8 +426,33 @@ class Output(_Section):
     log_every_updates: Positive = 10
     max_skipped_updates: Positive = Field(5, description="stop after this many non-finite updates in a row")
     tensorboard: bool = True
+    wandb: str | None = Field(
+        None,
+        min_length=1,
+        description="name of a Weights & Biases project to send the log to as well; needs the package `wandb`",
+    )
     cache: RecipePath | None = Field(
         None, description="vision caches and token tables, keyed by content; default: `cache` beside output.folder"
+    )
+
+
+class Guards(_Section):
+    """What keeps a run from losing work or going wrong unseen."""
+
+    deterministic: bool = Field(
+        False,
+        description="only algorithms that give the same bits every time; without it two runs on the CPU with one thread agree anyway, on a GPU "
+        "they may not",
+    )
+    timeout_s: Positive = Field(600, description="of a collective, after which a run names where each rank stands")
+    heartbeat_s: Rate = Field(5.0, description="how often each rank writes where it is into output.folder/ranks/")
+    background_saves: bool = Field(
+        True,
+        description="checkpoints are copied to host memory, then written while training goes on; at most one at a time",
+    )
+    spike_deviations: Rate | None = Field(
+        8.0,
+        description="report a loss this many running deviations (and a fifth) above the median of 100 updates; none: no reports",
     )
 
 
@@ -475,6 +500,17 @@ class Kernels(_Section):
     )
 
 
+class Step(_Section):
+    """How an update is executed, the same result within rounding; auto: where it was measured to pay (nowhere yet, benches/LOG.md)."""
+
+    compile: Literal["auto"] | bool = Field(
+        "auto", description="blocks of tower, Q-Former and language model through torch.compile"
+    )
+    cuda_graphs: Literal["auto"] | bool = Field(
+        "auto", description="the language model's pass over full micro-batches of packed rows, captured (CUDA only)"
+    )
+
+
 class Distribution(_Section):
     """What each rank of a run with several keeps; on one process nothing changes.  Any setting may differ from that of the run that is resumed."""
 
@@ -518,6 +554,8 @@ class TransferRecipe(_Recipe):
     )
     evaluation: Evaluation = Evaluation()
     kernels: Kernels = Kernels()
+    step: Step = Step()
+    guards: Guards = Guards()
     distribution: Distribution = Distribution()
     attention: Literal["auto", "sdpa", "flex", "flash", "xformers"] = Field(
         "auto",
@@ -607,6 +645,12 @@ class TransferRecipe(_Recipe):
                 "kernels.adamw_step, distribution.optimizer: the kernel updates every parameter that has a gradient, got kernel and sharded; set "
                 "adamw_step to torch, or optimizer to replicated"
             )
+        for index, stage in enumerate(self.stages):
+            if stage.optimizer.implementation == "apex" and self.distribution.optimizer == "sharded":
+                raise ValueError(
+                    f"stages.{index}.optimizer.implementation, distribution.optimizer: only torch's AdamW is sharded, got apex and sharded; set "
+                    "implementation to fused, or optimizer to replicated"
+                )
         return self
 
     def prompt_cache_fault(self, stage: Stage) -> str | None:

@@ -105,6 +105,17 @@ def make_llm(word_tokenizer):
 
 
 @pytest.fixture(scope="session")
+def make_vlm():
+    """make_vlm(llm) -> a vision-language model around it, with the smallest of Q-Formers."""
+    from vpgtrans.engine.models.vlm import VisionLanguageModel
+    from vpgtrans.engine.models.vpg import VPG
+    from vpgtrans.engine.recipe import QFormerConfig
+
+    sizes = QFormerConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    return lambda llm: VisionLanguageModel(VPG(sizes, 6), torch.nn.Linear(8, llm.hidden_width), llm)
+
+
+@pytest.fixture(scope="session")
 def tiny_world(tmp_path_factory) -> Path:
     """A folder with scenes, a random tower, two random language models, a random VPG and a source run's model, all in their real formats."""
     from vpgtrans.engine.tiny_world import write_tiny_world

@@ -1,8 +1,9 @@
 """Runs of a recipe in real processes with gloo: `python run_ranks.py JOBS.json`.
 
 JOBS is a list of {"ranks", "arguments"}, arguments being those of `engine/train.py`, and on request "local_ranks" (of a node), "double" (float64),
-"count" (a file for the collectives of each update), "copy" ([folder, other] first), "forget" ([folder, step]: checkpoints past the step are removed first) and "code" (expected of
-every rank, 0 if not given).  Everything is imported once and ranks are forked.  Exits with 1 after the first job with other exit codes.
+"count" (a file for the collectives of each update), "copy" ([folder, other] first), "forget" ([folder, step]: then checkpoints past the step are
+removed) and "code" (expected of every rank, 0 if not given).  Everything is imported once and ranks are forked.  Exits with 1 after the first job
+with other exit codes.
 """
 
 from __future__ import annotations
@@ -49,8 +50,11 @@ def count_collectives(path: Path) -> None:
 
         return call
 
-    for name in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast"):
+    for name in ("all_reduce", "broadcast"):
         setattr(dist, name, counted(name, getattr(dist, name)))
+    for kind, other in (("all_gather", "into_tensor"), ("reduce_scatter", "tensor")):  # what 2.13 calls single
+        name = f"{kind}_single" if hasattr(dist, f"{kind}_single") else f"{kind}_{other}"
+        setattr(dist, name, counted(kind, getattr(dist, name)))
     accumulate = loop._accumulate
 
     def accumulate_and_write(this, update, *rest):

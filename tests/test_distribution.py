@@ -20,11 +20,12 @@ LLM_BLOCKS, TOWER_BLOCKS = 2, 1
 
 
 def write_recipe(world: Path, folder: Path, pairs: tuple[int, int]) -> Path:
-    """Two stages without dropout, updates of 11 pairs of 4 captions an image, in micro-batches of 2 rows: ragged on 2 ranks and on 4."""
+    """Two stages without dropout, updates of 11 pairs of 4 captions an image, in micro-batches of a row: ragged on 2 ranks and on 4."""
     from vpgtrans.engine.tiny_world import tiny_recipe
 
     values = tiny_recipe(world, folder / "run")
-    values["data"]["row_tokens"] = 64
+    values["data"] |= {"row_tokens": 64, "rows_per_micro_batch": 1}
+    values["evaluation"]["generate_images"] = 2
     values["qformer"] = {"hidden_size": 16, "num_attention_heads": 2, "dropout": 0.0}
     for stage, count in zip(values["stages"], pairs, strict=True):
         stage["pairs"] = count
@@ -73,20 +74,19 @@ class Jobs:
 @pytest.fixture(scope="module")
 def ends(tiny_world, tmp_path_factory) -> Path:
     """Folder of all short runs, by name; `output.txt` is what they printed."""
-    jobs = Jobs(tiny_world, tmp_path_factory.mktemp("ranks"), (33, 55))
+    jobs = Jobs(tiny_world, tmp_path_factory.mktemp("ranks"), (22, 33))
     no_captions = "evaluation.generate_images=0"
     jobs.add("one", 1)
     jobs.add("two", 2, count=str(jobs.folder / "replicated.jsonl"))
     jobs.add("two-sharded", 2, *SHARDED, count=str(jobs.folder / "sharded.jsonl"))
     jobs.add("t5-one", 1, *jobs.t5)
-    jobs.add("t5-two", 2, *jobs.t5, no_captions)
     jobs.add("t5-two-sharded", 2, *jobs.t5, *SHARDED)
     jobs.add("single-one", 1, no_captions, double=False)
     jobs.add("single-two", 2, no_captions, double=False)
     jobs.add("misfit", 3, "distribution.shard_over=node", local_ranks=2, code=2)
     # What two ranks with spread moments saved in the second stage goes on on one, and the other way round.
-    jobs.add("two-sharded", 1, forget=[str(jobs.folder / "two-sharded"), 5])
-    jobs.add("one", 2, *SHARDED, forget=[str(jobs.folder / "one"), 5])
+    jobs.add("two-sharded", 1, forget=[str(jobs.folder / "two-sharded"), 3])
+    jobs.add("one", 2, *SHARDED, forget=[str(jobs.folder / "one"), 3])
     keep_first(jobs, "two-sharded", "one")
     (jobs.folder / "output.txt").write_text(jobs.run())
     return jobs.folder
@@ -109,7 +109,7 @@ def worst_loss(one: Path, many: Path) -> float:
     ours, theirs = (
         [e.get("loss", e.get("val_loss")) for e in events(folder, "train", "eval")] for folder in (one, many)
     )
-    assert len(ours) == len(theirs) > 8
+    assert len(ours) == len(theirs) > 7
     return max(abs(a - b) / a for a, b in zip(ours, theirs, strict=True))
 
 
@@ -126,7 +126,7 @@ def worst_weight(one: Path, many: Path) -> float:
 
 @pytest.mark.parametrize(
     ("one", "many"),
-    [("one", "two"), ("one", "two-sharded"), ("t5-one", "t5-two"), ("t5-one", "t5-two-sharded")],
+    [("one", "two"), ("one", "two-sharded"), ("t5-one", "t5-two-sharded")],
 )
 def test_two_ranks_end_like_one(one, many, ends):
     assert worst_loss(ends / one, ends / many) < 1e-9
@@ -143,7 +143,7 @@ def test_sharding_changes_no_bit(ends):
     Not so of T5, where autograd adds the decoder blocks' gradients of the encoder's states in another order: see the test above.
     """
     whole, spread = ends / "two", ends / "two-sharded"
-    for file in ("last/model.safetensors", "checkpoints/step-00000008/optimizer.safetensors"):
+    for file in ("last/model.safetensors", "checkpoints/step-00000005/optimizer.safetensors"):
         ours, theirs = load_file(whole / file), load_file(spread / file)
         assert ours.keys() == theirs.keys() and len(ours) > 40
         assert all(torch.equal(ours[k], theirs[k]) for k in ours)
@@ -159,7 +159,7 @@ def test_moments_saved_by_two_ranks_go_on_on_one_and_the_other_way_round(ends):
     for name in ("two-sharded", "one"):
         resumed = ends / f"{name}-resumed"
         said = (ends / "output.txt").read_text().replace("\n", "")
-        assert f"{resumed}/checkpoints/step-00000005" in said
+        assert f"{resumed}/checkpoints/step-00000003" in said
         assert worst_loss(ends / "one", resumed) < 1e-9
         assert worst_weight(ends / "one", resumed) < 1e-9
 
@@ -168,11 +168,11 @@ def test_collectives_of_an_update(ends):
     """One sum; with shards a gather for each block and pass, of the tower forwards alone; nothing is reduced and scattered."""
     for name, gathers in (("replicated", 0), ("sharded", 2 * LLM_BLOCKS + TOWER_BLOCKS)):
         updates = [json.loads(line) for line in (ends / f"{name}.jsonl").read_text().splitlines()]
-        assert len(updates) == 8 and max(u["micro_batches"] for u in updates) > 1
+        assert len(updates) == 5 and max(u["micro_batches"] for u in updates) > 1
         for update in updates:
             assert update["all_reduce"] == 1
-            assert update.get("all_gather_into_tensor", 0) == gathers * update["micro_batches"]
-            assert "reduce_scatter_tensor" not in update and "broadcast" not in update
+            assert update.get("all_gather", 0) == gathers * update["micro_batches"]
+            assert update.keys() <= {"all_reduce", "all_gather", "micro_batches"}
 
 
 def check_memory(folder: Path, ranks: int) -> None:
@@ -234,7 +234,10 @@ def check_node(folder: Path) -> None:
     ("settings", "words"),
     [
         (["distribution.cpu_offload=true"], ["distribution: cpu_offload", "frozen is sharded", "auto"]),
-        (["distribution.frozen=sharded", "kernels.frozen_linear=kernel"], ["kernels.frozen_linear, distribution.frozen"]),
+        (
+            ["distribution.frozen=sharded", "kernels.frozen_linear=kernel"],
+            ["kernels.frozen_linear, distribution.frozen"],
+        ),
         (
             ["distribution.optimizer=sharded", "kernels.adamw_step=kernel"],
             ["kernels.adamw_step, distribution.optimizer"],

@@ -365,7 +365,7 @@ def test_table_shows_everything(capsys):
         "50% of the peaks",
         "language model (opt)",
         "activations kept",
-        "largest that fits",
+        "largest rows_per_micro_batch that fits",
         "GFLOP a pair",
         "savings in direct",
         "the bill",

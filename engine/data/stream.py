@@ -22,13 +22,14 @@ from .packing import Batch, Group, UpdateOrder
 @dataclass(frozen=True)
 class Update:
     """One update's plan: pairs and targets over all ranks (of unusable images too), this rank's micro-batches (as many as any other rank's, those
-    without targets counted) out of how many with targets, and the data position after it."""
+    without targets counted) out of how many with targets, the data position after it, and the images with their captions, of all ranks."""
 
     pairs: int
     targets: int
     batch_count: int
     own_batches: int
     position: dict[str, Any]
+    groups: Sequence[Group] = ()
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class UpdateStream:
             targets = [b.target_count for of_rank in dealt for b in of_rank]
             own = dealt[self._rank]
             count = len(targets) if self._world_size == 1 else sum(n > 0 for n in targets)
-            yield Update(sum(len(g.captions) for g in groups), sum(targets), count, len(own), position)
+            yield Update(sum(len(g.captions) for g in groups), sum(targets), count, len(own), position, groups)
             for batch in own:
                 prepared = self._features.prepare(batch.groups)
                 bad = self._features.unusable.keys() & {g.image for g in batch.groups}

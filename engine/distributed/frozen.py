@@ -97,7 +97,12 @@ def place(
                 f"{shards.whole_bytes / MIB:,.1f} MiB beside them whole"
             )
             log.event(
-                "sharded", part=name, ranks=ranks, block_bytes=shards.block_bytes, rank_bytes=of_ranks, whole_bytes=shards.whole_bytes
+                "sharded",
+                part=name,
+                ranks=ranks,
+                block_bytes=shards.block_bytes,
+                rank_bytes=of_ranks,
+                whole_bytes=shards.whole_bytes,
             )
     for module, dtype in ((model, None), (tower, runtime.compute_dtype)):
         move_unsharded(module, runtime.device, dtype)
@@ -186,7 +191,8 @@ def shard_blocks(
     for run in runs:
         for at, block in enumerate(run):
             block.set_modules_to_forward_prefetch(run[at + 1 : at + 1 + settings.prefetch_blocks])
-            block.set_modules_to_backward_prefetch(run[max(0, at - settings.prefetch_blocks) : at][::-1])
+            # Never an empty list: FSDP would guess from the forward passes since the last backward, evaluation's among them.
+            block.set_modules_to_backward_prefetch(run[max(0, at - settings.prefetch_blocks) : at][::-1] or [block])
     own = sum(p.to_local().untyped_storage().nbytes() for block in blocks for p in block.parameters())
     return Shards(runs, mesh.size(), block_bytes, own, whole - block_bytes)
 

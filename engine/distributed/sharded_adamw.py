@@ -18,6 +18,9 @@ from ..data.dealing import deal
 from ..runtime import Runtime
 from .reduction import ALIGNMENT
 
+# torch 2.13's name; 2.11 has the other one only, which 2.13 warns of.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 class ShardedAdamW(torch.optim.AdamW):
     """In the place of `optimizer`, an AdamW without state: same groups and settings; its parameters move into one buffer.
@@ -52,7 +55,7 @@ class ShardedAdamW(torch.optim.AdamW):
             for parameter, gradient in hidden:
                 parameter.grad = gradient
         own = self._flat.view(self._runtime.world_size, -1)[self._runtime.rank]
-        dist.all_gather_into_tensor(self._flat, own.clone() if self._flat.device.type == "cpu" else own)
+        _all_gather(self._flat, own.clone() if self._flat.device.type == "cpu" else own)
 
     def consolidate(self) -> None:
         """Bring the moments of all ranks together on rank 0, on the CPU, in the form that AdamW itself has; a collective."""

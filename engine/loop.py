@@ -442,9 +442,9 @@ def _accumulate(
 ) -> Tensor:
     """Gradients of the mean loss of the whole update; returns that mean.  Every rank plans the same update and computes its share.
 
-    The mean is over the tokens of the update, or, with `loss_mean: micro_batch`, over its micro-batches' token means: those of all ranks that have
-    targets, so that it depends on the number of ranks, as in the authors' code.  Where captions of
-    unusable images are left out, which only the rank that reads them knows, the mean is over the tokens that remain.
+    The mean is over the tokens of the update, or, with `loss_mean: micro_batch`, over its micro-batches' token means: those of all ranks that
+    have targets, so that it depends on the number of ranks, as in the authors' code.  Where captions of unusable images are left out, which only
+    the rank that reads them knows, the mean is over the tokens that remain.
     """
     total = torch.zeros(2, dtype=parameters[0].dtype, device=this.runtime.device)  # sum of the losses, targets
     seed_update(this.recipe.seed, this.progress.step, this.runtime)

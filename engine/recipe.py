@@ -442,7 +442,7 @@ class Guards(_Section):
     deterministic: bool = Field(
         False,
         description="only algorithms that give the same bits every time; without it two runs on the CPU with one thread agree anyway, on a GPU "
-        "they may not",
+        "they may not. Its cost on the CPU cannot be told from noise (demo: 0.96 to 1.02 of the processor time); on a GPU it was not measured",
     )
     timeout_s: Positive = Field(600, description="of a collective, after which a run names where each rank stands")
     heartbeat_s: Rate = Field(5.0, description="how often each rank writes where it is into output.folder/ranks/")

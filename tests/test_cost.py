@@ -60,7 +60,7 @@ def test_a_lap_costs_next_to_nothing():
 def test_what_is_to_come_is_weighed_by_its_flops():
     """2 s for 10 of 30 pairs; the next stage's pairs cost three times as much, the one after as much."""
     meter = CostMeter(CPU)
-    meter.rates = {name: WorkRates(0, 0, 1, 0, pair) for name, pair in (("a", 1.0), ("b", 3.0), ("c", 1.0))}
+    meter.rates = {name: WorkRates(0, 0, 1, 0, pair=pair) for name, pair in (("a", 1.0), ("b", 3.0), ("c", 1.0))}
     meter.stage_pairs = {"a": 30, "b": 100, "c": 7}
     meter.begin_stage("a", 0, 100.0)
     assert meter.seconds_to_go(10, 102.0) == pytest.approx(0.2 * (20 + 300 + 7))

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from vpgtrans.engine.data.coco import read_captions
-from vpgtrans.engine.data.features import CachedFeatures, LiveFeatures, open_features
+from vpgtrans.engine.data.feature_cache import StoredFeatures, open_features
+from vpgtrans.engine.data.features import LiveFeatures
 from vpgtrans.engine.data.packing import CaptionData, Group
 from vpgtrans.engine.models.llm import LanguageModel
 from vpgtrans.engine.models.vision import load_tower
@@ -74,7 +75,7 @@ def world(tiny_world, tmp_path, make_llm, tiny_t5):
         common = {"transform": "eval", "seed": 0, "runtime": runtime, "log": log}
         live = open_features(data, tower, cache_root=None, **common)
         cached = open_features(data, tower, cache_root=tmp_path / "cache", **common)
-        assert isinstance(live, LiveFeatures) and isinstance(cached, CachedFeatures)
+        assert isinstance(live, LiveFeatures) and isinstance(cached, StoredFeatures)
         return model, data, {"live": live, "cached": cached}
 
     yield make

@@ -440,6 +440,9 @@ def test_a_rank_that_stands_still_is_named(tiny_recipe, start_ranks, tmp_path):
         2, [str(tiny_recipe), *QUICK, "guards.timeout_s=6", "guards.heartbeat_s=0.5", "stages.0.pairs=6600"]
     )
     wait_for_update(folder, 4, ranks)
+    beat = folder / "ranks" / "rank-00001.json"
+    while '"phase": "update"' not in beat.read_text() and ranks[1].is_alive():
+        time.sleep(0.01)
     os.kill(ranks[1].pid, signal.SIGSTOP)
     ranks[0].join(60)
     assert ranks[0].exitcode == 1

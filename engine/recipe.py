@@ -572,6 +572,11 @@ class TransferRecipe(_Recipe):
                 f"attention, kernels.prefix_attention: expected at most one of the two to be named, got {self.attention!r} and {kernel!r}; set one "
                 "to auto"
             )
+        if self.step.cuda_graphs is True and self.attention not in ("auto", "sdpa"):
+            raise ValueError(
+                f"attention, step.cuda_graphs: expected auto or sdpa with captured graphs, because other layouts of rows have another shape every "
+                f"micro-batch, got {self.attention!r} and true; set one to auto"
+            )
         for index, stage in enumerate(self.stages):
             if stage.optimizer.implementation == "apex" and self.kernels.adamw_step == "kernel":
                 raise ValueError(

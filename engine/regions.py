@@ -1,7 +1,8 @@
 """Compiled regions and CUDA graphs: what the recipe's `step` section says of how an update is executed.
 
 compile      every block of the frozen tower, the Q-Former and the language model through torch.compile; blocks of a kind share one compilation.
-             Captioning runs the plain blocks, whose shapes change with every token.
+             Captioning runs the plain blocks, whose shapes change with every token; the language model's stay plain where `attention` names
+             a back end.
 cuda_graphs  the language model's forward and backward over a full micro-batch of packed rows, captured once (torch.compile's "reduce-overhead"),
              since only those rows have a fixed shape: numbers of images change, an update's last micro-batch is smaller, validation forms
              no gradient; all of that runs outside the graphs.
@@ -63,6 +64,9 @@ def use_regions(
     graphs = graphs_unsupported_reason(device)
     if graphs is None and not isinstance(model.llm, CausalLanguageModel):
         graphs = "an encoder-decoder has no rows of a fixed shape"
+    back_end = getattr(model.llm, "back_end", None)
+    if graphs is None and back_end is not None:
+        graphs = f"attention is {back_end}, whose layout of the rows has another shape every micro-batch"
     graphed = _choice("cuda_graphs", asked.cuda_graphs, graphs, device)
     compiled = _choice("compile", asked.compile, compile_unsupported_reason(device), device)
     if graphed.on:
@@ -70,7 +74,7 @@ def use_regions(
     if compiled.on:
         compile_blocks(tower.module, backend)
         compile_blocks(model.vpg.qformer, backend)
-        if not graphed.on:
+        if not graphed.on and back_end is None:  # a layout's lengths are numbers, for each of which a block would be compiled anew
             compile_blocks(model.llm.model, backend)
         model.has_compiled_blocks = True
     return [compiled, graphed]

@@ -6,6 +6,7 @@ flash-attn and xformers attend on GPUs only; where they cannot run, their layout
 from __future__ import annotations
 
 import importlib.util
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from transformers import MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM, T5Config
 
-from vpgtrans.engine import back_ends
+from vpgtrans.engine import back_ends, regions
 from vpgtrans.engine.data.packing import CaptionData, Group, pack_update
 from vpgtrans.engine.kernel_choice import use_kernels
 from vpgtrans.engine.loop import run
@@ -29,8 +30,8 @@ from vpgtrans.engine.models.attention_back_ends import (
     xformers_bias,
 )
 from vpgtrans.engine.models.causal import CausalLanguageModel
-from vpgtrans.engine.recipe import Kernels, RecipeError, load_recipe
-from vpgtrans.engine.runtime import start, stop
+from vpgtrans.engine.recipe import Kernels, RecipeError, Step, load_recipe
+from vpgtrans.engine.runtime import Runtime, start, stop
 from vpgtrans.kernels.checks import assert_within_budget
 from vpgtrans.kernels.prefix_attention import dense_mask, reference_prefix_attention
 
@@ -331,6 +332,26 @@ def test_a_kernel_and_a_back_end_are_not_both_asked_for(tiny_recipe):
     assert load_recipe(tiny_recipe, ["attention=sdpa", "kernels.prefix_attention=torch"]).attention == "sdpa"
     with pytest.raises(RecipeError, match=r"attention: .*'auto', 'sdpa', 'flex', 'flash' or 'xformers'"):
         load_recipe(tiny_recipe, ["attention=fast"])
+
+
+def test_rows_of_changing_shape_are_neither_captured_nor_compiled(
+    tiny_recipe, make_llm, make_vlm, sdpa_for_flash, monkeypatch
+):
+    with pytest.raises(RecipeError, match=r"attention, step\.cuda_graphs: .* got 'flash' and true"):
+        load_recipe(tiny_recipe, ["attention=flash", "step.cuda_graphs=true"])
+    model, compiled = make_vlm(make_llm("llama")), []
+    monkeypatch.setattr(regions, "compile_blocks", lambda part, backend: compiled.append(part))
+    monkeypatch.setattr(regions, "graphs_unsupported_reason", lambda device: None)
+    tower, layout = SimpleNamespace(module=torch.nn.Sequential()), SimpleNamespace(rows_per_micro_batch=2)
+    runtime = Runtime(torch.device("cpu"), torch.float32, 0, 1)
+    regions.use_regions(Step(compile=True), model, tower, layout, runtime)
+    assert compiled == [tower.module, model.vpg.qformer, model.llm.model]
+    model.llm.use_back_end("flash")
+    compiled.clear()
+    regions.use_regions(Step(compile=True), model, tower, layout, runtime)
+    assert compiled == [tower.module, model.vpg.qformer]
+    with pytest.raises(RecipeError, match=r"step\.cuda_graphs: .* attention is flash, whose layout"):
+        regions.use_regions(Step(cuda_graphs=True), model, tower, layout, runtime)
 
 
 def test_what_the_savings_table_says(make_llm, make_vlm, sdpa_for_flash):

@@ -65,8 +65,8 @@ gpu:
 
 gpu-wheels: $(STAMP)
 	$(BIN)/python -m pip download --disable-pip-version-check -q --no-deps --only-binary :all: --python-version 3.12 \
-		--platform manylinux2014_x86_64 --platform manylinux_2_17_x86_64 --platform any -c constraints.txt -d $(WHEELS) \
-		pydantic pydantic_core annotated-types typing-inspection
+		--platform manylinux2014_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux_2_28_x86_64 --platform any \
+		-c constraints.txt -d $(WHEELS) pydantic pydantic_core annotated-types typing-inspection xformers
 
 # Made anew where its Python is gone, or where the folder was moved or copied: it would still run the old tree.
 VENV_ROOT := $(shell $(BIN)/python -c '' 2>/dev/null && cat $(VENV)/.root)

@@ -87,8 +87,15 @@ setup(
         "test": ["pytest", "simplejpeg"],
         "lint": ["ruff"],
         "triton": ["triton>=3.6; platform_system == 'Linux'"],
+        # attention: flash. A source package that builds against the torch that is there: pip install --no-build-isolation, with CUDA's nvcc.
+        "flash-attn": ["flash-attn>=2.7.1; platform_system == 'Linux'"],
+        # attention: xformers, whose flash operators take flash-attn or torch's own.
+        "xformers": ["xformers>=0.0.33; platform_system == 'Linux'"],
+        # NVIDIA's apex (optimizer.implementation: apex) is no extra: what the package index calls apex is another project. README says how.
         # JPEGs where the extension was built without libjpeg-turbo's headers.
         "simplejpeg": ["simplejpeg"],
+        # output.wandb
+        "wandb": ["wandb"],
         # data.loader: ffcv; builds with libturbojpeg0-dev libopencv-dev pkg-config g++.
         "ffcv": ["ffcv"],
     },

@@ -9,8 +9,6 @@ share of the floor, 32 bytes a parameter at the rate of a copy measured in the s
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import importlib.util
 import json
 import statistics
 import time
@@ -21,6 +19,7 @@ import torch
 from timing import about, device_title
 from torch import nn
 
+from vpgtrans.engine.optim import apex_unsupported_reason, set_learning_rate, take_step
 from vpgtrans.kernels.adamw_step import adamw_step, adamw_step_unsupported_reason
 
 BYTES = 32  # a parameter: one reading of the gradient for the norm, then 16 read and 12 written
@@ -49,7 +48,7 @@ def qformer_shapes(
 
 
 def made(
-    shapes: list[tuple[int, ...]], device: torch.device, kind: type | None = None
+    shapes: list[tuple[int, ...]], device: torch.device, kind: Callable[..., torch.optim.Optimizer] | None = None
 ) -> tuple[list[nn.Parameter], torch.optim.Optimizer]:
     generator = torch.Generator(device).manual_seed(0)
     parameters = [nn.Parameter(torch.randn(shape, generator=generator, device=device) * 0.02) for shape in shapes]
@@ -100,19 +99,30 @@ def runs_of(shapes: list[tuple[int, ...]], device: torch.device) -> tuple[dict[s
             assert torch.allclose(mine, theirs, rtol=1e-5, atol=1e-8), f"{tuple(mine.shape)} differs from torch's"
         runs["ours"] = lambda: adamw_step(ours, CLIP_NORM, impl="triton")
     absent = []
-    if device.type == "cuda" and importlib.util.find_spec("apex") and importlib.util.find_spec("amp_C"):
+    if reason := apex_unsupported_reason(device):
+        absent.append(f"NVIDIA's apex ({reason})")
+    else:
         from apex.optimizers import FusedAdam
 
-        apex_parameters, apex = made(shapes, device, FusedAdam)
+        bare_parameters, bare = made(shapes, device, FusedAdam)
 
-        def apexs() -> None:
-            torch.nn.utils.clip_grad_norm_(apex_parameters, CLIP_NORM)
-            apex.step()
+        def without_check() -> None:
+            torch.nn.utils.clip_grad_norm_(bare_parameters, CLIP_NORM)
+            bare.step()
 
-        runs["apex FusedAdam, no finite check"] = apexs
-    else:
-        absent.append("NVIDIA apex")
+        runs["apex FusedAdam, no finite check"] = without_check
+        _, apexs = made(shapes, device, lambda groups, lr: apex_adamw(groups))
+        runs["apex, as the engine uses it"] = lambda: take_step(apexs, CLIP_NORM, None)
     return runs, absent
+
+
+def apex_adamw(groups: list[dict]) -> torch.optim.Optimizer:
+    """The engine's optimizer around FusedAdam, at the rate of the others."""
+    from vpgtrans.engine.apex_adamw import ApexAdamW
+
+    optimizer = ApexAdamW(groups, betas=(0.9, 0.999), eps=1e-8)
+    set_learning_rate(optimizer, 1e-4)
+    return optimizer
 
 
 def measure(device: torch.device, shapes: list[tuple[int, ...]], repeats: int) -> dict:

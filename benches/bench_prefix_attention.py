@@ -2,8 +2,8 @@
 
 Rows are packed as in training, from captions of about 13 tokens behind 32 visual ones. Correctness to float64 first, then time (interleaved,
 medians) of forward and of forward and backward, TFLOP/s of visible pairs, share of the floor (every tensor once at the measured copy
-bandwidth) and, on a GPU, peak memory above the operands. Peers with the prefix repeated attend over more tokens, which the rest of the model
-would have to compute too: `tokens` says how many times as many.
+bandwidth) and, on a GPU, peak memory above the operands. "Keys repeated" are the recipe's back ends, which take the same rows and unpack them on
+the way. Peers merely "repeated" attend over more tokens, which the rest of the model would have to compute too: `tokens` says how many times.
 
     python benches/bench_prefix_attention.py [--device cpu|cuda] [--repeats N] [--out FILE]
 """
@@ -11,7 +11,6 @@ would have to compute too: `tokens` says how many times as many.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import importlib.util
 import inspect
 import json
@@ -26,6 +25,7 @@ from timing import about, copy_bandwidth, device_title, interleaved_ms, peak_mib
 from torch import Tensor
 
 from vpgtrans.engine.data.packing import CaptionData, Group, PackedBatch, pack_update
+from vpgtrans.engine.models.attention_back_ends import attend, back_end_unsupported_reason, layout_for
 from vpgtrans.kernels.checks import assert_within_budget
 from vpgtrans.kernels.prefix_attention import (
     dense_mask,
@@ -86,32 +86,29 @@ def packed_rows(rows: int, tokens: int, captions: int, seed: int = 0) -> tuple[P
     return batch, (segments[starts, 3] - segments[starts, 2]).tolist()
 
 
-def flex_peer(segments: Tensor, grouped: bool) -> Callable[..., Tensor]:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    start, stop, own = (segments[..., i].contiguous() for i in range(3))
-
-    def visible(row, head, q, k):
-        return (k <= q) & (((k >= start[row, q]) & (k < stop[row, q])) | (k >= own[row, q]))
-
-    rows, tokens, _ = segments.shape
-    blocks = create_block_mask(visible, rows, None, tokens, tokens, device=segments.device)
-    torch._dynamo.reset()  # past 8 shapes of one function it would run uncompiled
-    compiled = torch.compile(flex_attention, dynamic=False)
-    return lambda q, k, v: compiled(q, k, v, block_mask=blocks, enable_gqa=grouped)
+def back_end_peers(segments: Tensor, absent: list[str]) -> dict[str, Callable[..., Tensor]]:
+    """What a recipe can name under `attention`: FlexAttention, and sequences whose keys have the prefix repeated, of rows as they are."""
+    found: dict[str, Callable[..., Tensor]] = {}
+    titles = {"flex": "FlexAttention", "flash": "flash-attn, keys repeated", "xformers": "xformers, keys repeated"}
+    for back_end, title in titles.items():
+        if reason := back_end_unsupported_reason(back_end, segments.device, torch.bfloat16):
+            absent.append(f"{title} ({reason})")
+            continue
+        layout = layout_for(back_end, segments.cpu(), segments.device)
+        found[title] = lambda q, k, v, back_end=back_end, layout=layout: attend(back_end, q, k, v, layout, None)
+    return found
 
 
 def varlen_peers(lengths: list[int], group: int, absent: list[str]) -> dict[str, Callable[..., Tensor]]:
-    """Attention over (total tokens, heads, head size), each caption behind a prefix of its own."""
+    """Attention over (total tokens, heads, head size), each caption behind a prefix of its own, queries and all."""
     found: dict[str, Callable[..., Tensor]] = {}
-    ends = torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=torch.int32, device="cuda")
+    device = torch.device("cuda")
+    ends = torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=torch.int32, device=device)
     bounds = (ends, ends, max(lengths), max(lengths))
-    if importlib.util.find_spec("flash_attn"):
+    if back_end_unsupported_reason("flash", device) is None:
         from flash_attn import flash_attn_varlen_func
 
         found["flash-attn, repeated"] = lambda q, k, v: flash_attn_varlen_func(q, k, v, *bounds, causal=True)
-    else:
-        absent.append("flash-attn")
     if importlib.util.find_spec("torch.nn.attention.varlen"):
         from torch.nn.attention.varlen import varlen_attn
 
@@ -121,7 +118,9 @@ def varlen_peers(lengths: list[int], group: int, absent: list[str]) -> dict[str,
             causal["enable_gqa"] = True
         if group == 1 or "enable_gqa" in names:
             found["torch varlen, repeated"] = lambda q, k, v: varlen_attn(q, k, v, *bounds, **causal)
-    if importlib.util.find_spec("xformers"):
+    else:
+        absent.append("torch's varlen_attn")
+    if back_end_unsupported_reason("xformers", device) is None:
         from xformers.ops import memory_efficient_attention
         from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask
 
@@ -132,8 +131,6 @@ def varlen_peers(lengths: list[int], group: int, absent: list[str]) -> dict[str,
             return memory_efficient_attention(q[None], k[None], v[None], attn_bias=bias)[0]
 
         found["xformers, repeated"] = xformers
-    else:
-        absent.append("xformers")
     return found
 
 
@@ -170,9 +167,9 @@ def build_peers(
     made["SDPA, dense mask"] = lambda: Peer(sdpa, leaves)
     if device.type == "cpu":
         made["SDPA, one pair a row"] = lambda: pairs_peer(lengths, heads, kv_heads, head_size, dtype)
-        absent += ["FlexAttention (no backward on the CPU)", "flash-attn and xformers (CUDA only)"]
-    else:
-        made["FlexAttention"] = lambda: Peer(flex_peer(segments, group > 1), leaves)
+    for name, run in back_end_peers(segments, absent).items():
+        made[name] = lambda run=run: Peer(run, leaves)
+    if device.type == "cuda":
         repeated = [VISUAL + n for n in lengths]
         for name, run in varlen_peers(repeated, group, absent).items():
             made[name] = lambda run=run: Peer(

@@ -3,9 +3,9 @@
     python benches/gpu.py --out DIR [--part NAME ...] [--redo] [--limit-s 480]
 
 Parts, the most telling first: the machine (what was built, copy bandwidth, matmul rates), then for each operation of kernels/ its tests on the
-GPU and, only if they pass, its bench at the recipes' shapes; last the miniature world for some hundred updates in float32, bf16, bf16 with our
-kernels, and FP8, whose loss curves are compared. Each part is a process with a time limit and leaves DIR/PART.json; a part that is there and
-ended well is passed over, so that a run that was cut off goes on. A table is printed last.
+GPU and, only if they pass, its bench at the recipes' shapes; last the miniature world (`world` makes its parts) for some hundred updates in float32,
+bf16, bf16 with our kernels, and FP8, whose loss curves are compared. Each part has a time limit and leaves DIR/PART.json; a part that is there and
+ended well is passed over, so that a run that was cut off goes on, inside `world` and `training` too. A table is printed last.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -28,12 +29,20 @@ ROOT = Path(__file__).resolve().parents[1]
 OPERATIONS = (
     "prefix_attention", "linear_cross_entropy", "frozen_linear", "qformer_attention", "adamw_step", "prompt_assembly", "projector_converter",
 )  # fmt: skip
-PARTS = ("machine", *OPERATIONS, "training")
+PARTS = ("machine", *OPERATIONS, "world", "training")
 MORE_TESTS = {
-    "prefix_attention": ["tests/test_prefix_interface.py"],
+    "prefix_attention": ["tests/test_prefix_interface.py", "tests/test_attention_back_ends.py"],
     "frozen_linear": ["tests/test_quantise_frozen.py"],
+    "adamw_step": ["tests/test_optimizer_implementation.py"],
 }
-KERNELS = ("prefix_attention", "prompt_assembly", "linear_cross_entropy", "adamw_step")
+KERNELS = (
+    "prefix_attention",
+    "qformer_attention",
+    "projector_converter",
+    "prompt_assembly",
+    "linear_cross_entropy",
+    "adamw_step",
+)
 ARMS = {
     "fp32": ["precision=fp32"],
     "bf16": ["precision=bf16"],
@@ -44,6 +53,21 @@ TRAINING = [
     "device=cuda", "stages.0.pairs=1280", "stages.1.pairs=11008", "stages.1.eval_every_pairs=1376", "evaluation.generate_images=50",
     "evaluation.loss_images=100",
 ]  # fmt: skip
+# Without a GPU: the way there and back, in a few updates.
+REHEARSAL = [
+    "device=cpu", "stages.0.pairs=128", "stages.1.pairs=256", "stages.1.eval_every_pairs=128", "evaluation.generate_images=4",
+    "evaluation.loss_images=10",
+]  # fmt: skip
+SOURCE_REHEARSAL = ["stages.0.pairs=512", "stages.0.eval_every_pairs=256", "evaluation.generate_images=4"]
+# What the arms start from, in the order in which it is made: recipe under recipes/demo, command.
+WORLD = {
+    "vision": ["pretrain", "vision"],
+    "lm_source": ["pretrain", "lm"],
+    "lm_target": ["pretrain", "lm"],
+    "vpg": ["pretrain", "vpg"],
+    "source": ["train"],
+}
+SCENES = ["scenes", "artifacts/demo/world", "--train=3000", "--source=3000", "--val=200", "--text=8000"]
 
 
 def main() -> int:
@@ -75,6 +99,8 @@ def main() -> int:
         if path.is_file() and json.loads(path.read_text()).get("ok") and not options.redo:
             print(f"{part}: done before, {path}", flush=True)
             continue
+        if options.redo:
+            shutil.rmtree(options.out / part, ignore_errors=True)  # what `world` and `training` have ended
         began = time.monotonic()
         result = _run_part(part, options.out, began + options.limit_s)
         result = {
@@ -96,6 +122,8 @@ def main() -> int:
 def _run_part(part: str, out: Path, deadline: float) -> dict[str, Any]:
     if part == "machine":
         return _machine(out, deadline)
+    if part == "world":
+        return _world(out, deadline)
     if part == "training":
         return _training(out, deadline)
     tests = [f"tests/test_{part}.py", *MORE_TESTS.get(part, [])]
@@ -158,29 +186,46 @@ def _plan_name(title: str) -> str:
     return next((name for name in ("h200", "h100", "4090") if name.upper() in title), title)
 
 
+def _vpgtrans(*arguments: str) -> list[str]:
+    return [sys.executable, "-P", "-m", "vpgtrans.engine.cli", *arguments]
+
+
+def _world(out: Path, deadline: float) -> dict[str, Any]:
+    """The demo's parts. A training that was cut off goes on from its checkpoint; what has ended is noted under `out`, and not made again."""
+    log, seconds = out / "world.log", {}
+    commands = {"world": SCENES, **{name: [*kind, f"recipes/demo/{name}.yaml"] for name, kind in WORLD.items()}}
+    if not torch.cuda.is_available():
+        commands["source"] += SOURCE_REHEARSAL
+    for name, command in commands.items():
+        ended = out / "world" / name
+        if ended.is_file() and (ROOT / "artifacts" / "demo" / name).is_dir():
+            continue
+        began = time.monotonic()
+        if (code := _call(_vpgtrans(*command), log, deadline)) != 0:
+            return {"ok": False, "failed": command, "code": code, "seconds_of": seconds, "end_of_log": _tail(log)}
+        seconds[name] = round(time.monotonic() - began, 1)
+        ended.parent.mkdir(parents=True, exist_ok=True)
+        ended.touch()
+    return {"ok": True, "seconds_of": seconds}
+
+
 def _training(out: Path, deadline: float) -> dict[str, Any]:
-    """The demo's parts on the CPU, then its VPGTrans arm on the GPU in each precision."""
-    log, vpgtrans = out / "training.log", [sys.executable, "-P", "-m", "vpgtrans.engine.cli"]
-    parts = [
-        ["scenes", "artifacts/demo/world", "--train=3000", "--source=3000", "--val=200", "--text=8000"],
-        *(["pretrain", kind, f"recipes/demo/{name}.yaml"] for kind, name in (
-            ("vision", "vision"), ("lm", "lm_source"), ("lm", "lm_target"), ("vpg", "vpg"))),
-        ["train", "recipes/demo/source.yaml"],
-    ]  # fmt: skip
-    made = [
-        ROOT / "artifacts" / "demo" / name
-        for name in ("world", "vision", "lm_source", "lm_target", "vpg", "source/summary.json")
-    ]
-    for command, folder in zip(parts, made, strict=True):
-        if not folder.exists() and (code := _call([*vpgtrans, *command], log, deadline)) != 0:
-            return {"ok": False, "failed": command, "code": code, "end_of_log": _tail(log)}
-    arms: dict[str, Any] = {}
-    training = TRAINING if torch.cuda.is_available() else [t for t in TRAINING if t != "device=cuda"]
+    """The demo's VPGTrans arm on the GPU in each precision; arms that have ended are read, not run again."""
+    if missing := [name for name in WORLD if not (out / "world" / name).is_file()]:
+        return {"ok": False, "failed": f"needs the part `world`, which has not made {', '.join(missing)}"}
+    log, arms = out / "training.log", {}
+    on_gpu = torch.cuda.is_available()
     for name, overrides in ARMS.items():
+        if not on_gpu and any(o.startswith("kernels.") for o in overrides):
+            arms[name] = {"code": 0, "not_run": "its kernels need a GPU"}
+            continue
         folder = (out / "training" / name.replace(" ", "_")).resolve()
-        command = [*vpgtrans, "train", "recipes/demo.yaml", *training, *overrides, f"output.folder={folder}"]
-        code = _call(command, log, deadline)
-        arms[name] = {"code": code, **(_curve(folder) if code == 0 else {"end_of_log": _tail(log)})}
+        code, began = 0, time.monotonic()
+        if not (folder / "summary.json").is_file():
+            chosen = [*(TRAINING if on_gpu else REHEARSAL), *overrides, f"output.folder={folder}"]
+            code = _call(_vpgtrans("train", "recipes/demo.yaml", *chosen), log, deadline)
+        found = _curve(folder) if code == 0 else {"end_of_log": _tail(log)}
+        arms[name] = {"code": code, "seconds": round(time.monotonic() - began, 1), **found}
     return {"ok": all(arm["code"] == 0 for arm in arms.values()), "arms": arms}
 
 
@@ -208,6 +253,8 @@ def _print_table(out: Path) -> None:
             for k in ("device", "copy_gb_s", "matmul_tflops_bf16", "matmul_tflops_fp8_rowwise")
             if k in found
         }
+        if part == "world":
+            told = found.get("seconds_of") or {"failed": found.get("failed")}
         if part == "training":
             told = {
                 n: arm["validation_loss"][-1][1]

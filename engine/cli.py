@@ -15,7 +15,9 @@ EXIT_USAGE = 2
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one sub-command; exit code 0, 2 for a mistake in what was given (one message), 1 for a run that had to stop."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    arguments.sort(key="--dry-run".__eq__)  # last: argparse takes a recipe and its overrides in one run only
+    arguments.sort(
+        key=("--dry-run", "--rebuild", "--check").__contains__
+    )  # last: argparse takes a recipe and its overrides in one run only
     parser = _parser()
     if arguments[:1] == ["report"]:
         from .report import main as report
@@ -70,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     scenes.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     scenes.set_defaults(run=_scenes)
     _pack_command(commands)
+    _cache_command(commands)
     demo = commands.add_parser("demo", help="the whole transfer and its baselines on the miniature world")
     demo.add_argument("--out", default="runs/demo", help="folder for runs and report; default: %(default)s")
     demo.add_argument("--seeds", type=int, default=1, metavar="N", help="of every arm; default: %(default)s")
@@ -91,6 +94,15 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true")
     doctor.set_defaults(run=_doctor)
     return parser
+
+
+def _cache_command(commands) -> None:
+    cache = _recipe_command(commands, "cache", "build the vision and prompt caches of a recipe before it runs", _cache)
+    cache.epilog = "a stopped build goes on; on several GPUs: torchrun --no-python vpgtrans cache RECIPE"
+    what = cache.add_mutually_exclusive_group()
+    what.add_argument("--dry-run", action="store_true", help="show sizes and savings, build nothing")
+    what.add_argument("--rebuild", action="store_true", help="delete what is there first, damaged or not")
+    what.add_argument("--check", action="store_true", help="read everything that is there and verify its checksums")
 
 
 def _pack_command(commands) -> None:
@@ -243,6 +255,12 @@ def _train(options: argparse.Namespace) -> int:
     return train([options.recipe, *options.overrides, *(["--dry-run"] if options.dry_run else [])])
 
 
+def _cache(options: argparse.Namespace) -> int:
+    from .caching import main as cache
+
+    return cache(options)
+
+
 def _plan(arguments: list[str]) -> int:
     from .planning.command import main as plan
 
@@ -282,6 +300,9 @@ def _pretrain(options: argparse.Namespace) -> int:
     from .recipe import load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides, kinds=(options.part,))
+    from .back_ends import check_back_ends
+
+    check_back_ends(recipe)
     if options.part == "lm":
         from .pretrain.lm import main as pretrain
     elif options.part == "vision":

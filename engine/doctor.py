@@ -8,14 +8,20 @@ import json
 import os
 import platform
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from ..kernels import frozen_linear, image_decode, row_packing
+from ..kernels import image_decode, row_packing
 from ..kernels.triton_support import triton_unsupported_reason
+from .kernel_choice import MEASURED, fp8_reason
+from .models.attention_back_ends import back_end_unsupported_reason
+from .optim import apex_unsupported_reason
+from .recipe import Kernels
 
 REQUIRED = (
     "torch",
@@ -60,7 +66,7 @@ def _gpu_or_cpu() -> torch.device:
 OPERATIONS = {
     "image_decode": ("cpp", image_decode.image_decode_unsupported_reason),
     "row_packing": ("cpp", row_packing.row_packing_unsupported_reason),
-    "frozen_linear": ("fp8", lambda: frozen_linear.fp8_unsupported_reason(_gpu_or_cpu())),
+    "frozen_linear": ("fp8", lambda: fp8_reason(_gpu_or_cpu())),
     **{
         name: (
             "triton",
@@ -68,6 +74,15 @@ OPERATIONS = {
         )
         for name in TRITON_OPERATIONS
     },
+}
+
+# What a recipe can name in place of torch's -> why that cannot run here (None where it can).
+BACK_ENDS = {
+    **{
+        f"attention: {name}": (lambda name=name: back_end_unsupported_reason(name, _gpu_or_cpu()))
+        for name in ("flex", "flash", "xformers")
+    },
+    "optimizer.implementation: apex": lambda: apex_unsupported_reason(_gpu_or_cpu()),
 }
 
 # Operation -> what is live where its fast implementation is not; the reference for those that are not listed.
@@ -79,7 +94,7 @@ def collect() -> dict[str, Any]:
 
     Keys: `system`, `required` (distribution -> version, `None` where missing), `compiled` (`present`, `reason`, and
     where present compiler, versions and functions), `optional` (name -> `version`, `importable`, `reason`),
-    `device`, `operations` (name -> `live`, `reason`).
+    `device`, `operations` (name -> `live` where the recipe says `auto`, `reason`), `back_ends` (recipe key and value -> `can_run`, `reason`).
     """
     return {
         "system": {
@@ -94,12 +109,24 @@ def collect() -> dict[str, Any]:
         "device": _device(),
         "operations": {
             name: {
-                "live": FALLBACKS.get(name, lambda: "reference")() if (reason := unsupported()) else fast,
+                "live": FALLBACKS.get(name, lambda: "reference")() if (reason := _reason(name, unsupported)) else fast,
                 "reason": reason,
             }
             for name, (fast, unsupported) in OPERATIONS.items()
         },
+        "back_ends": {
+            name: {"can_run": (reason := unsupported()) is None, "reason": reason}
+            for name, unsupported in BACK_ENDS.items()
+        },
     }
+
+
+def _reason(operation: str, unsupported: Callable[[], str | None]) -> str | None:
+    """Why a recipe that says `auto` (kernel_choice.py) does not use the fast implementation; None where it does."""
+    reason = unsupported()
+    if reason is None and operation in Kernels.model_fields and operation not in MEASURED:
+        return f"not measured on a GPU yet; it can run: kernels.{operation}=kernel"
+    return reason
 
 
 def main(as_json: bool = False) -> None:
@@ -119,6 +146,10 @@ def main(as_json: bool = False) -> None:
     _print_table(console, "Compiled module vpgtrans.kernels._C", compiled)
     operations = [(name, row["live"], row["reason"] or "") for name, row in found["operations"].items()]
     _print_table(console, "Operations", operations, ("operation", "live", "why not the fast one"))
+    back_ends = [
+        (name, "yes" if row["can_run"] else "no", row["reason"] or "") for name, row in found["back_ends"].items()
+    ]
+    _print_table(console, "What a recipe can name", back_ends, ("key and value", "runs here", "why not"))
     optional = [
         (name, row["version"] or "-", "yes" if row["importable"] else "no", row["reason"] or "")
         for name, row in found["optional"].items()
@@ -131,7 +162,9 @@ def _print_table(console: Console, title: str, rows: Any, columns: tuple[str, ..
     for column in columns or ("", ""):
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*("missing" if cell is None else str(cell) for cell in row))
+        table.add_row(
+            *("missing" if cell is None else escape(str(cell)) for cell in row)
+        )  # vpgtrans[triton] is no markup
     console.print(table)
 
 

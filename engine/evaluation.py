@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .data.coco import QuestionRecord
+from .data.dealing import evened
 from .data.features import FeatureSource
 from .data.packing import Batch, Group, TokenisedCaptions
 from .data.prompts import vqa_prompt
@@ -59,7 +60,7 @@ class Validator:
         """Cross-entropy per target token over all packed captions, every rank its share of the micro-batches."""
         total = torch.zeros(2, dtype=torch.float64, device=self.runtime.device)
         with evaluating(model):
-            for batch in self._batches[self.runtime.rank :: self.runtime.world_size]:
+            for batch in self._own_batches():
                 with self.runtime.autocast():
                     summed = model.loss_sum(self.features(batch.groups), batch.to(self.runtime.device))
                 total += torch.stack(
@@ -70,6 +71,13 @@ class Validator:
                 )
         self.runtime.sum_(total)
         return (total[0] / total[1]).item()
+
+    def _own_batches(self) -> list[Batch]:
+        """This rank's micro-batches, as many as any other rank's: a gather inside a forward pass needs all ranks."""
+        ranks = range(self.runtime.world_size)
+        shares = [self._batches[rank :: self.runtime.world_size] for rank in ranks]
+        first = self._batches[0]
+        return evened(shares, lambda: first.without({g.image for g in first.groups}))[self.runtime.rank]
 
     def captions(self, model: VisionLanguageModel) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Generate for the first `generate_images` images: (scores, [{image_id, caption}] in the official format)."""

@@ -23,32 +23,42 @@ from .runlog import RunLog
 from .runtime import Runtime
 
 MEASURED: frozenset[str] = frozenset()  # none yet: no GPU has run them
+TRITON_ALONE = ("prefix_attention", "prompt_assembly", "linear_cross_entropy", "adamw_step")
 INEXACT = frozenset({"frozen_linear"})
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One operation in this run: whether it is on, whether it changes results beyond rounding, and why."""
+    """One switch of how an update is computed: whether it is on, whether it changes results beyond rounding, and why."""
 
     name: str
     on: bool
     exact: bool
     why: str
+    section: str = "kernels"
+
+    @property
+    def title(self) -> str:
+        """Of its row in the table of savings."""
+        return f"{self.section.removesuffix('s')}: {self.name.replace('_', ' ')}"
 
 
 def use_kernels(
-    asked: Kernels, model: VisionLanguageModel, tower: VisionTower, runtime: Runtime, log: RunLog
+    asked: Kernels, model: VisionLanguageModel, tower: VisionTower, runtime: Runtime, log: RunLog, attention: str = "auto"
 ) -> list[Choice]:
     """Switch operations on as the recipe asks; models are on the device, and the run looks at `on` for what is not a model's.
 
+    attention: what the recipe says; but for `auto` it takes the place of `asked.prefix_attention`.
     Raises RecipeError where one that is asked for by name cannot run.
     """
+    if attention != "auto":
+        asked = asked.model_copy(update={"prefix_attention": "torch"})
     device, llm = runtime.device, model.llm
     without_triton = triton_unsupported_reason(device)
     # Operation -> why it cannot run (None where it can), and what switches it on.
     operations: dict[str, tuple[str | None, Callable[[], None]]] = {
         "frozen_linear": (
-            _fp8_reason(runtime),
+            _fp8_reason(device, llm),
             lambda: _quantise(llm, tower, device, log),
         ),  # first: the others see the new modules
         "prefix_attention": (_prefix_attention_reason(llm, device), lambda: _attend_by_prefix(llm)),
@@ -72,7 +82,30 @@ def use_kernels(
             raise RecipeError(f"kernels.{name}: expected auto or torch here, got kernel: {reason}")
         why = f"kernels.{name} is {setting}" + ("" if on else f"; {reason or 'not measured on a GPU yet'}")
         choices.append(Choice(name, on, name not in INEXACT, why))
+    if attention != "auto":
+        choices.append(_use_attention(attention, llm))
     return choices
+
+
+def _use_attention(attention: str, llm: LanguageModel) -> Choice:
+    """The back end that the recipe names; that it can run here was found out before the models were loaded (back_ends.py)."""
+    if attention == "sdpa":
+        return Choice("packed attention", False, True, "attention is sdpa")
+    reason = "an encoder-decoder has no packed rows"
+    if isinstance(llm, CausalLanguageModel) and (reason := llm.stands_in_for_sdpa_reason()) is None:
+        try:
+            llm.use_back_end(attention)
+        except ModelError as error:
+            reason = str(error)
+    if reason is not None:
+        raise RecipeError(f"attention: expected auto or sdpa here, got {attention}: {reason}")
+    return Choice("packed attention", True, True, f"attention is {attention}")
+
+
+def unsupported_kernels(asked: Kernels, device: torch.device) -> dict[str, str]:
+    """Operations asked for by name that cannot run on a kind of device, whatever the model: {name: why}."""
+    reasons = {name: triton_unsupported_reason(device) for name in TRITON_ALONE} | {"frozen_linear": fp8_reason(device)}
+    return {n: reason for n, reason in reasons.items() if reason is not None and getattr(asked, n) == "kernel"}
 
 
 def _prefix_attention_reason(llm: LanguageModel, device: torch.device) -> str | None:
@@ -115,10 +148,15 @@ def _fuse_head(llm: LanguageModel) -> None:
     llm.fuses_head = True
 
 
-def _fp8_reason(runtime: Runtime) -> str | None:
-    if runtime.device.type == "cpu":
+def _fp8_reason(device: torch.device, llm: LanguageModel) -> str | None:
+    return "distribution.frozen shards the blocks, which FP8 linears cannot be" if llm.is_sharded else fp8_reason(device)
+
+
+def fp8_reason(device: torch.device) -> str | None:
+    """Why models on `device` do not use FP8; None where they can.  On the CPU it works, and is no use."""
+    if device.type == "cpu":
         return "the models are on the CPU, where FP8 is slower than float32"
-    return fp8_unsupported_reason(runtime.device)
+    return fp8_unsupported_reason(device)
 
 
 def _quantise(llm: LanguageModel, tower: VisionTower, device: torch.device, log: RunLog) -> None:
@@ -129,3 +167,17 @@ def _quantise(llm: LanguageModel, tower: VisionTower, device: torch.device, log:
     ):
         for line in quantise_frozen_(module, run=forward).lines():
             log.say(f"{name}: {line}")
+
+
+def quantise_tower(asked: Kernels, tower: VisionTower, runtime: Runtime) -> None:
+    """Leave the tower as `use_kernels` leaves it, so that its caches have the run's key; RecipeError as there."""
+    reason = fp8_reason(runtime.device)
+    if asked.frozen_linear == "kernel" and reason is not None:
+        raise RecipeError(f"kernels.frozen_linear: expected auto or torch here, got kernel: {reason}")
+    if asked.frozen_linear == "kernel" or (
+        asked.frozen_linear == "auto" and "frozen_linear" in MEASURED and reason is None
+    ):
+        pixels = torch.zeros(
+            1, 3, tower.image_size, tower.image_size, device=runtime.device, dtype=runtime.compute_dtype
+        )
+        quantise_frozen_(tower.module, run=lambda: tower.features(pixels))

@@ -18,31 +18,39 @@ import torch
 import yaml
 from torch import Tensor
 
-from ..kernels.adamw_step import adamw_step
-from . import outcome
-from .checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint, trainable_tensors
-from .data.captioned import open_captioned
+from . import cost, outcome
+from .back_ends import check_back_ends
+from .checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, trainable_tensors
+from .data.captioned import open_captioned, open_training
 from .data.coco import read_questions
-from .data.features import FeatureSource, open_features
+from .data.dealing import group_tokens
+from .data.feature_cache import StoredPrompts, open_features
+from .data.features import FeatureSource
 from .data.ffcv_loader import FFCVFeatures, check_ffcv
-from .data.packing import Batch, Group, Position, Subset, TokenisedCaptions, UpdateOrder, join
+from .data.packing import Batch, Group, Position, Subset, TokenisedCaptions, UpdateOrder
 from .data.stream import Update, UpdateStream
+from .data.token_table import TokenTable
 from .diagnostics import Watch
+from .distributed.frozen import check_layout, place
+from .distributed.reduction import GradientReduction
+from .distributed.seeding import seed_update
+from .distributed.sharded_adamw import ShardedAdamW
 from .evaluation import Validator
+from .guards import Guard, guarded
 from .kernel_choice import use_kernels
 from .models.tower import PixelNorm
 from .models.vision import load_tower
 from .models.vlm import VisionLanguageModel
-from .optim import build_adamw, learning_rate, set_learning_rate
-from .recipe import Stage, TransferRecipe, save_recipe
-from .runlog import RunLog, duration
-from .runtime import Runtime, start, stop
+from .notice import StoppedOnNotice
+from .optim import build_adamw, learning_rate, set_learning_rate, take_step
+from .preflight import check_attributes, check_machine, check_rows
+from .prompt_cache import stored_prompts
+from .recipe import ImageData, Stage, TransferRecipe, save_recipe
+from .regions import use_regions
+from .runlog import RunLog
+from .runtime import Runtime
 from .transfer.initialise import Origins, build_model
 from .transfer.merge import norm_ratio, scale_
-
-
-class RunStopped(RuntimeError):
-    """The run cannot go on; its last checkpoint is intact."""
 
 
 @dataclass
@@ -61,8 +69,11 @@ class Progress:
     bad_images: dict[str, str] = field(default_factory=dict)
     captioned_at: int = 0
     stage_done: bool = False
+    evaluation_due: bool = False
     position: dict[str, Any] | None = None
+    unlogged: list[float] = field(default_factory=lambda: [0.0] * 3)
     watch: dict[str, Any] = field(default_factory=dict)
+    cost_seconds: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -82,16 +93,27 @@ class Run:
     validator: Validator
     watch: Watch
     progress: Progress
+    meter: cost.CostMeter
     fuses_adamw: bool = False
+    guard: Guard | None = None
+    unlogged: Tensor | None = None
 
 
 def run(recipe: TransferRecipe) -> dict[str, Any]:
     """Train, score and save; returns the summary that is also written to `output.folder/summary.json`.
 
-    Raises RecipeError, DataError, ModelError, CheckpointError (before any training) and RunStopped (too many non-finite updates).
+    Raises RecipeError, DataError, ModelError, CheckpointError, StartError (before any training), RunStopped (too many non-finite updates, a
+    full disk, lost ranks) and StoppedOnNotice (SIGTERM or SIGUSR1; saved).
     """
+    check_machine(recipe)
     about_loader = check_ffcv(recipe.data) if recipe.data.loader == "ffcv" else None
-    runtime = start(recipe.device, recipe.precision, recipe.threads, recipe.seed)
+    check_back_ends(recipe)
+    with guarded(recipe) as (runtime, guard):
+        return _run(recipe, runtime, guard, about_loader)
+
+
+def _run(recipe: TransferRecipe, runtime: Runtime, guard: Guard, about_loader: str | None) -> dict[str, Any]:
+    check_layout(recipe.distribution, runtime)
     folder = recipe.output.folder
     found, passed_over = latest_checkpoint(folder / "checkpoints")
     progress = Progress(**_state(found)) if found else Progress()
@@ -102,6 +124,8 @@ def run(recipe: TransferRecipe) -> dict[str, Any]:
         enabled=runtime.is_main,
         tensorboard=recipe.output.tensorboard,
         resume_at=progress.step if found else None,
+        rank_log=guard.rank_log,
+        wandb=recipe.output.wandb,
     )
     for line in passed_over:
         log.warn("checkpoint_passed_over", line)
@@ -110,7 +134,9 @@ def run(recipe: TransferRecipe) -> dict[str, Any]:
             save_recipe(recipe, folder / "recipe.yaml")
         if about_loader:
             log.say(about_loader)
+        guard.at("preparation", progress.step)
         this = _prepare(recipe, runtime, log, progress)
+        this.guard = guard
         if found:
             log.say(f"resumed at update {progress.step:,} ({progress.pairs:,} pairs) from {found}")
         else:
@@ -125,18 +151,23 @@ def run(recipe: TransferRecipe) -> dict[str, Any]:
         first = progress.stage
         for index in range(first, len(recipe.stages)):
             _train_stage(this, index, found if index == first else None)
+        guard.writer.finish()
+        guard.at("final evaluation")
         return outcome.finish(this)
     finally:
         log.close()
-        stop()
 
 
 def _check_same_recipe(recipe: TransferRecipe, folder: Path) -> None:
-    """A folder with checkpoints goes on only with the recipe that made them; `output` and `threads` may differ."""
+    """A folder with checkpoints goes on only with the recipe that made them; `output`, `threads` and `distribution` may differ."""
     path = folder / "recipe.yaml"
     before = yaml.safe_load(path.read_text()) if path.is_file() else {}
     now = recipe.model_dump(mode="json")
-    changed = [k for k in now if k not in ("output", "threads", "inputs_from") and before.get(k, now[k]) != now[k]]
+    changed = [
+        k
+        for k in now
+        if k not in ("output", "threads", "inputs_from", "guards", "distribution") and before.get(k, now[k]) != now[k]
+    ]
     if changed:
         raise CheckpointError(
             f"{folder}: holds checkpoints of another recipe; {', '.join(changed)} differ. "
@@ -149,6 +180,9 @@ def _state(checkpoint: Path) -> dict[str, Any]:
 
 
 def _prepare(recipe: TransferRecipe, runtime: Runtime, log: RunLog, progress: Progress) -> Run:
+    meter = cost.CostMeter(runtime, progress.cost_seconds)
+    meter.peak_flops_s = cost.measured_peak(runtime.device, runtime.compute_dtype)
+    log.event("peak", step=progress.step, matmul_flops_s=meter.peak_flops_s)
     tower = load_tower(recipe.vision)
     model, origins = build_model(recipe, tower, runtime.compute_dtype, runtime.device, progress.step > 0)
     for path in dict.fromkeys(report.path for report in origins.loaded):
@@ -161,26 +195,30 @@ def _prepare(recipe: TransferRecipe, runtime: Runtime, log: RunLog, progress: Pr
     opening = {
         "max_text_tokens": layout.max_text_tokens, "seed": recipe.seed, "verify_images": layout.verify_images, "cache_root": caches, "log": log,
     }  # fmt: skip
-    sets, subsets, fixed, at = [], {}, [], 0
-    for entry in layout.train:
+
+    def opened(entry: ImageData) -> TokenTable:
         captions = open_captioned(entry, model.llm, **opening)
         outcome.report_refusals(log, recipe.output.folder, captions)
-        sets.append(captions)
-        subsets[entry.name] = Subset(at, at + len(captions), entry.weight or 1.0), entry.weight
-        if entry.transform == "eval":
-            fixed.append(range(at, at + len(captions)))
-        at += len(captions)
+        return captions
+
+    data, subsets, fixed = open_training(layout.train, opened)
     val_data = open_captioned(layout.val, model.llm, **opening, name=f"{layout.val.name}-val")
     outcome.report_refusals(log, recipe.output.folder, val_data)
-    data = join(sets)
-    model.to(runtime.device)
-    tower.to(runtime.device, runtime.compute_dtype)
-    choices = use_kernels(recipe.kernels, model, tower, runtime, log)
+    check_rows([data, val_data], model.llm, model.queries, layout)
+    if recipe.evaluation.attributes:
+        check_attributes(val_data, recipe.evaluation.generate_images)
+    meter.rates = {s.name: cost.work_rates(model, tower, s, data, layout) for s in recipe.stages}
+    model.after_prompts = meter.prompts_made
+    place(model, tower, recipe, runtime, log)
+    choices = use_kernels(recipe.kernels, model, tower, runtime, log, recipe.attention)
+    choices += use_regions(recipe.step, model, tower, layout, runtime)
     common = {
         "seed": recipe.seed,
         "runtime": runtime,
         "cache_root": caches if layout.vision_cache else None,
         "log": log,
+        "fill": layout.cache_fill,
+        "precision": layout.cache_precision,
     }
     if layout.loader == "ffcv":
         features: FeatureSource = FFCVFeatures(data, tower, layout.transform, recipe.seed, runtime, fixed)
@@ -197,9 +235,10 @@ def _prepare(recipe: TransferRecipe, runtime: Runtime, log: RunLog, progress: Pr
     outcome.print_savings(log, recipe, model, choices)
     watch = Watch(log, **progress.watch)
     _measure_converter(model, origins, features, len(data.ids), watch, log, recipe)
+    meter.lap(cost.START_UP)
     return Run(
-        recipe, runtime, log, model, origins, data, subsets, features, tower.image_size, tower.norm, validator, watch, progress,
-        fuses_adamw=any(c.on for c in choices if c.name == "adamw_step"),
+        recipe, runtime, log, model, origins, data, subsets, features, tower.image_size, tower.norm, validator, watch, progress, meter,
+        fuses_adamw=any(c.on for c in choices if c.name == "adamw_step") and recipe.distribution.optimizer != "sharded",
     )  # fmt: skip
 
 
@@ -241,6 +280,8 @@ def _train_stage(this: Run, index: int, checkpoint: Path | None) -> None:
     this.model.freeze_for(stage.trains, stage.frozen_dropout)
     tensors = trainable_tensors(this.model)
     optimizer = build_adamw(tensors.items(), stage.optimizer)
+    if recipe.distribution.optimizer == "sharded" and this.runtime.world_size > 1:
+        optimizer = ShardedAdamW(optimizer, this.runtime)
     if checkpoint:
         load_checkpoint(checkpoint, _trained_so_far(this, index), optimizer)
         if progress.stage_done:
@@ -254,8 +295,10 @@ def _train_stage(this: Run, index: int, checkpoint: Path | None) -> None:
             None,
             0,
         )
+        progress.unlogged = [0.0] * 3
     order = _order(this, stage)
-    total = stage.pairs or round(stage.epochs * order.epoch_pairs)
+    total = _stage_pairs(stage, order)
+    this.meter.stage_pairs = {s.name: _stage_pairs(s, _order(this, s)) for s in recipe.stages}
     log.say(outcome.freeze_table(this.model, this.origins, stage, order, total, recipe.stages))
     if not checkpoint:
         trainable = sum(p.numel() for p in tensors.values())
@@ -269,11 +312,16 @@ def _train_stage(this: Run, index: int, checkpoint: Path | None) -> None:
             stage_pairs=total,
         )
         if index == 0:
+            this.guard.at("evaluation")
+            this.meter.lap(cost.OTHER)
             _evaluate(this, index, stage)
-    _loop(this, index, stage, order, optimizer, tensors, total)
+            this.meter.lap(cost.EVALUATION)
+    with stored_prompts(this, stage, order, total):
+        _loop(this, index, stage, order, optimizer, tensors, total)
     log.end_progress()
     progress.stage_done = True
     _save(this, optimizer)
+    this.meter.lap(cost.CHECKPOINTS)
     progress.stage, progress.stage_done = index + 1, False
 
 
@@ -294,6 +342,10 @@ def _order(this: Run, stage: Stage) -> UpdateOrder:
     )
 
 
+def _stage_pairs(stage: Stage, order: UpdateOrder) -> int:
+    return stage.pairs or round(stage.epochs * order.epoch_pairs)
+
+
 def _contiguous(subsets: list[Subset]) -> list[Subset]:
     """Neighbouring sets without weights are one set with one order; others are drawn in proportion to their size."""
     merged = [subsets[0]]
@@ -311,29 +363,34 @@ def _loop(
     recipe, progress, runtime = this.recipe, this.progress, this.runtime
     parameters = list(tensors.values())
     # Since the last log: sum of the losses, good updates, bad updates.
-    losses = torch.zeros(3, dtype=torch.float64, device=runtime.device)
+    losses = this.unlogged = torch.tensor(progress.unlogged, dtype=torch.float64, device=runtime.device)
     skipped_in_a_row = torch.zeros((), device=runtime.device)
     next_eval = _next(progress.stage_pairs, stage.eval_every_pairs)
     next_save = _next(progress.stage_pairs, recipe.output.checkpoint_every_pairs)
+    if progress.evaluation_due and _evaluate_or_leave(this, index, stage, optimizer):
+        return
     started = time.perf_counter()
+    this.meter.begin_stage(stage.name, progress.stage_pairs, progress.seconds, isinstance(this.features, StoredPrompts))
     stream = UpdateStream(
         order, _lengths(progress.stage_pairs, total, stage.batch_pairs),
         lambda groups: this.model.pack(
             groups, this.data, recipe.data, fixed_shape=runtime.device.type == "cuda", split_seed=recipe.seed
         ),
         this.features, rank=runtime.rank, world_size=runtime.world_size, depth=recipe.data.prefetch_batches,
+        tokens=lambda g: group_tokens(g, this.data, this.model.queries, not this.model.llm.is_encoder_decoder),
     )  # fmt: skip
-    with contextlib.closing(stream):
+    reduction = GradientReduction(parameters, runtime) if runtime.world_size > 1 else None
+    with contextlib.closing(stream), contextlib.closing(reduction) if reduction else contextlib.nullcontext():
         for update, batches in stream:
+            this.meter.lap(cost.WAITING)
             rate = learning_rate(
                 progress.stage_pairs, total, stage.learning_rate, schedule=stage.schedule, minimum=stage.min_learning_rate,
                 warmup=stage.warmup_pairs, warmup_start=stage.warmup_learning_rate,
             )  # fmt: skip
             set_learning_rate(optimizer, rate)
-            loss = _accumulate(this, update, batches, parameters)
-            result = adamw_step(
-                optimizer, stage.optimizer.clip_norm, loss, impl=None if this.fuses_adamw else "reference"
-            )
+            this.guard.at("update", progress.step + 1)
+            loss = _accumulate(this, update, batches, parameters, reduction)
+            result = take_step(optimizer, stage.optimizer.clip_norm, loss, this.fuses_adamw)
             norm, bad = result.norm, result.skipped
             optimizer.zero_grad(set_to_none=True)
             skipped_in_a_row = (skipped_in_a_row + 1) * bad
@@ -343,16 +400,20 @@ def _loop(
             progress.pairs += update.pairs
             progress.step += 1
             progress.position = update.position
+            this.guard.record(progress.step, loss, norm, update.groups)
             is_last = progress.stage_pairs >= total
+            this.meter.lap(cost.OPTIMISER)
             if (
                 is_last or progress.step % recipe.output.log_every_updates == 0
             ):  # the only place that waits for the device
                 progress.seconds += time.perf_counter() - started
                 started = time.perf_counter()
                 _log_train(this, index, stage, losses, norm, skipped_in_a_row, rate, total)
+                this.meter.lap(cost.OTHER)
             if is_last or progress.stage_pairs >= next_eval:
                 progress.seconds += time.perf_counter() - started
-                enough = _evaluate(this, index, stage)
+                enough = _evaluate_or_leave(this, index, stage, optimizer)
+                this.meter.lap(cost.EVALUATION)
                 next_eval = _next(progress.stage_pairs, stage.eval_every_pairs)
                 started = time.perf_counter()
                 if enough:
@@ -363,8 +424,10 @@ def _loop(
             if not is_last and progress.stage_pairs >= next_save:
                 progress.seconds += time.perf_counter() - started
                 _save(this, optimizer)
+                this.meter.lap(cost.CHECKPOINTS)
                 next_save = _next(progress.stage_pairs, recipe.output.checkpoint_every_pairs)
                 started = time.perf_counter()
+            this.guard.after_update(lambda: _save(this, optimizer))
 
 
 def _lengths(done: int, total: int, batch_pairs: int) -> Iterator[int]:
@@ -374,15 +437,24 @@ def _lengths(done: int, total: int, batch_pairs: int) -> Iterator[int]:
         done += min(batch_pairs, total - done)
 
 
-def _accumulate(this: Run, update: Update, batches: Iterator[tuple[Batch, Tensor]], parameters: list[Tensor]) -> Tensor:
+def _accumulate(
+    this: Run, update: Update, batches: Iterator[tuple[Batch, Tensor]], parameters: list[Tensor], reduction: GradientReduction | None
+) -> Tensor:
     """Gradients of the mean loss of the whole update; returns that mean.  Every rank plans the same update and computes its share.
 
-    The mean is over the tokens of the update, or, with `loss_mean: micro_batch`, over its micro-batches' token means.  Where captions of
-    unusable images are left out, which only the rank that reads them knows, the mean is over the tokens that remain.
+    The mean is over the tokens of the update, or, with `loss_mean: micro_batch`, over its micro-batches' token means: those of all ranks that
+    have targets, so that it depends on the number of ranks, as in the authors' code.  Where captions of unusable images are left out, which only
+    the rank that reads them knows, the mean is over the tokens that remain.
     """
-    total = torch.zeros(2, device=this.runtime.device)  # sum of the losses, targets
-    for batch, prepared in batches:
+    total = torch.zeros(2, dtype=parameters[0].dtype, device=this.runtime.device)  # sum of the losses, targets
+    seed_update(this.recipe.seed, this.progress.step, this.runtime)
+    if reduction:
+        reduction.begin()
+    for number, (batch, prepared) in enumerate(batches, 1):
+        this.meter.lap(cost.WAITING)
+        this.meter.count(batch, this.model.queries)
         features = this.features.finish(prepared)
+        this.meter.lap(cost.TOWER)
         with this.runtime.autocast():
             count = (
                 max(1, batch.target_count) * update.batch_count
@@ -390,15 +462,16 @@ def _accumulate(this: Run, update: Update, batches: Iterator[tuple[Batch, Tensor
                 else update.targets
             )
             loss = this.model.loss_sum(features, batch.to(this.runtime.device)) / count
-        loss.backward()
+        this.meter.lap(cost.LANGUAGE_MODEL)
         total[0] += loss.detach()
         total[1] += batch.target_count
-    if this.runtime.world_size > 1:
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            this.runtime.sum_(parameter.grad)
-        this.runtime.sum_(total)
+        if reduction and number == update.own_batches:
+            reduction.last(total)
+        loss.backward()
+        this.meter.lap(cost.BACKWARD)
+    if reduction:
+        total = reduction.finish()
+        this.meter.lap(cost.REDUCTION)
     if this.recipe.data.bad_images == "skip" and this.recipe.loss_mean == "global":
         planned_over_kept = update.targets / total[1].clamp(min=1)  # 1 where nothing was left out
         for parameter in parameters:
@@ -426,22 +499,43 @@ def _log_train(
             value=skipped,
         )
     if in_a_row >= this.recipe.output.max_skipped_updates:
-        raise RunStopped(
-            f"{int(in_a_row)} updates in a row were not finite, the last at update {progress.step}; lower the learning rate, or use precision=fp32"
+        raise this.guard.stopped(
+            f"{int(in_a_row)} updates in a row were not finite, the last at update {progress.step}; lower the learning rate, or use precision=fp32",
+            this.data.records,
         )
+    this.guard.inspect(log, this.data.records)
     loss = loss_sum / max(counted, 1)
     speed = progress.pairs / max(progress.seconds, 1e-9)
     hours = progress.seconds * this.runtime.world_size / 3600
+    live = this.meter.live(progress.stage_pairs, progress.seconds)
     log.event(
         "train", stage=stage.name, step=progress.step, pairs=progress.pairs, seconds=progress.seconds, loss=loss, learning_rate=rate,
-        grad_norm=grad_norm, pairs_per_s=speed, gpu_hours=hours,
+        grad_norm=grad_norm, pairs_per_s=speed, gpu_hours=hours, **live,
     )  # fmt: skip
-    to_go = (total - progress.stage_pairs) / max(speed, 1e-9)
     log.progress(
         f"{this.recipe.arm} {stage.name}", progress.stage_pairs, total,
-        f"{progress.pairs:,} pairs  {speed:.0f} pairs/s  loss {loss:.3f}  ETA {duration(to_go)}  {hours:.3f} device-hours",
+        f"{progress.pairs:,} pairs  {speed:.0f} pairs/s  loss {loss:.3f}  {outcome.live_line(live, hours, this.runtime.world_size)}",
     )  # fmt: skip
     this.watch.train_loss(index, loss, progress.step, rate)
+
+
+def _evaluate_or_leave(this: Run, index: int, stage: Stage, optimizer) -> bool:
+    """Evaluate; a notice breaks it off: the update before is saved, and the evaluation is the first thing that the resumed run does."""
+    captioned_at = this.progress.captioned_at
+
+    def save() -> None:
+        this.progress.captioned_at, this.progress.evaluation_due = captioned_at, True
+        _save(this, optimizer)
+        this.progress.evaluation_due = False
+
+    # Among ranks that share the moments, saving takes all of them.
+    this.guard.at("evaluation", on_notice=None if isinstance(optimizer, ShardedAdamW) else save)
+    try:
+        enough = _evaluate(this, index, stage)
+    except StoppedOnNotice:
+        this.guard.save_and_leave(save)
+    this.guard.at("update")
+    return enough
 
 
 def _evaluate(this: Run, index: int, stage: Stage) -> bool:
@@ -456,6 +550,7 @@ def _evaluate(this: Run, index: int, stage: Stage) -> bool:
     ):
         scores.update(this.validator.captions(this.model)[0])
         progress.captioned_at = progress.pairs
+    this.guard.at("save")  # what follows is done or not done
     this.log.event(
         "eval", stage=stage.name, step=progress.step, pairs=progress.pairs, seconds=progress.seconds, **scores
     )
@@ -472,19 +567,15 @@ def _evaluate(this: Run, index: int, stage: Stage) -> bool:
 
 def _save(this: Run, optimizer) -> None:
     watch = this.watch
+    this.progress.unlogged = this.unlogged.tolist()
     this.progress.watch = {
         "first_loss": watch.first_loss, "warm_up_end": watch.warm_up_end, "diverged": watch.diverged, "regressed": watch.regressed
     }  # fmt: skip
+    if isinstance(optimizer, ShardedAdamW):
+        optimizer.consolidate()
     if this.runtime.is_main:
-        folder, keep = this.recipe.output.folder / "checkpoints", this.recipe.output.keep_checkpoints
-        save_checkpoint(
-            folder,
-            this.progress.step,
-            _trained_so_far(this, this.progress.stage),
-            optimizer,
-            asdict(this.progress),
-            keep,
-        )
+        tensors = _trained_so_far(this, this.progress.stage)
+        this.guard.writer.save(this.progress.step, tensors, optimizer, asdict(this.progress))
 
 
 def _trained_so_far(this: Run, index: int) -> dict[str, Tensor]:

@@ -66,6 +66,9 @@ class _Section(BaseModel):
 class Optimizer(_Section):
     """AdamW as in the authors' code: no decay on parameters with fewer than two dimensions."""
 
+    implementation: Literal["fused", "apex"] = Field(
+        "fused", description="fused: torch's; apex: FusedAdam of NVIDIA's apex, where it is installed (a GPU only)"
+    )
     betas: tuple[float, float] = (0.9, 0.999)
     eps: Rate = 1e-8
     weight_decay: float = Field(0.05, ge=0.0)
@@ -165,6 +168,18 @@ class TransferData(_Section):
     vision_cache: bool = Field(
         False, description="compute the frozen tower once an image (and view) and memory-map its outputs"
     )
+    cache_fill: Literal["ahead", "first_epoch"] = Field(
+        "ahead", description="of the vision cache: before training, or each row when it is first asked for"
+    )
+    cache_precision: Literal["compute", "fp8"] = Field(
+        "compute",
+        description="of what caches hold: compute is exact; fp8 (e4m3, one scale a token) takes half of bfloat16's disk and is not",
+    )
+    prompt_cache: Literal["auto"] | bool = Field(
+        "auto",
+        description="keep the outputs of the frozen Q-Former in stages that train the projector alone; auto: where that can be, and a stage would "
+        "read at least a tenth of them again",
+    )
     verify_images: Literal["none", "header", "full"] = Field(
         "full",
         description="full: decode every image once before training, so that none stops an epoch; header is quicker for large sets",
@@ -195,6 +210,8 @@ class TransferData(_Section):
                 raise ValueError(
                     f"{key}: expected {native!r}, because loader is 'ffcv', which has no such thing, got {value!r}"
                 )
+        if self.prompt_cache is True:
+            raise ValueError("prompt_cache: expected auto or false, because loader is 'ffcv', got True")
         for index, entry in enumerate(self.train):
             if entry.format not in ("auto", "pack"):
                 raise ValueError(
@@ -409,8 +426,33 @@ class Output(_Section):
     log_every_updates: Positive = 10
     max_skipped_updates: Positive = Field(5, description="stop after this many non-finite updates in a row")
     tensorboard: bool = True
+    wandb: str | None = Field(
+        None,
+        min_length=1,
+        description="name of a Weights & Biases project to send the log to as well; needs the package `wandb`",
+    )
     cache: RecipePath | None = Field(
         None, description="vision caches and token tables, keyed by content; default: `cache` beside output.folder"
+    )
+
+
+class Guards(_Section):
+    """What keeps a run from losing work or going wrong unseen."""
+
+    deterministic: bool = Field(
+        False,
+        description="only algorithms that give the same bits every time; without it two runs on the CPU with one thread agree anyway, on a GPU "
+        "they may not. Its cost on the CPU cannot be told from noise (demo: 0.96 to 1.02 of the processor time); on a GPU it was not measured",
+    )
+    timeout_s: Positive = Field(600, description="of a collective, after which a run names where each rank stands")
+    heartbeat_s: Rate = Field(5.0, description="how often each rank writes where it is into output.folder/ranks/")
+    background_saves: bool = Field(
+        True,
+        description="checkpoints are copied to host memory, then written while training goes on; at most one at a time",
+    )
+    spike_deviations: Rate | None = Field(
+        8.0,
+        description="report a loss this many running deviations (and a fifth) above the median of 100 updates; none: no reports",
     )
 
 
@@ -458,6 +500,43 @@ class Kernels(_Section):
     )
 
 
+class Step(_Section):
+    """How an update is executed, the same result within rounding; auto: where it was measured to pay (nowhere yet, benches/LOG.md)."""
+
+    compile: Literal["auto"] | bool = Field(
+        "auto", description="blocks of tower, Q-Former and language model through torch.compile"
+    )
+    cuda_graphs: Literal["auto"] | bool = Field(
+        "auto", description="the language model's pass over full micro-batches of packed rows, captured (CUDA only)"
+    )
+
+
+class Distribution(_Section):
+    """What each rank of a run with several keeps; on one process nothing changes.  Any setting may differ from that of the run that is resumed."""
+
+    frozen: Literal["auto", "replicated", "sharded"] = Field(
+        "auto",
+        description="blocks of language model and tower; auto: whole on each GPU where plan's memory model says that everything fits, else in pieces "
+        "over the ranks, gathered block by block (engine/distributed/frozen.py); on the CPU auto is replicated",
+    )
+    shard_over: Literal["world", "node"] = Field(
+        "world", description="ranks that share one copy of sharded blocks: all, or those of a node, so that gathers stay inside it"
+    )
+    cpu_offload: bool = Field(
+        False, description="keep a rank's pieces in the host's memory and copy each block for each use: a last resort; needs frozen: sharded"
+    )
+    optimizer: Literal["replicated", "sharded"] = Field(
+        "replicated", description="AdamW's moments on each rank, or spread over the ranks; results are the same bits"
+    )
+    prefetch_blocks: NonNegative = Field(1, description="sharded blocks gathered ahead of the one that computes")
+
+    @model_validator(mode="after")
+    def _offloads_shards(self) -> Distribution:
+        if self.cpu_offload and self.frozen != "sharded":
+            raise ValueError(f"cpu_offload: expected false unless frozen is sharded, got true with frozen {self.frozen}")
+        return self
+
+
 class TransferRecipe(_Recipe):
     kind: Literal["transfer"] = "transfer"
     arm: str = Field("vpgtrans", description="label by which a report groups runs")
@@ -475,6 +554,31 @@ class TransferRecipe(_Recipe):
     )
     evaluation: Evaluation = Evaluation()
     kernels: Kernels = Kernels()
+    step: Step = Step()
+    guards: Guards = Guards()
+    distribution: Distribution = Distribution()
+    attention: Literal["auto", "sdpa", "flex", "flash", "xformers"] = Field(
+        "auto",
+        description="of a decoder-only language model to packed rows; auto: as kernels.prefix_attention says; sdpa: torch's behind a dense mask; "
+        "flex: torch's FlexAttention; flash, xformers: those packages, where they are installed (a GPU only)",
+    )
+
+    @model_validator(mode="after")
+    def _one_implementation(self) -> TransferRecipe:
+        """A kernel of ours and someone else's implementation of the same operation are not both asked for."""
+        kernel = self.kernels.prefix_attention
+        if self.attention != "auto" and kernel != "auto" and (self.attention, kernel) != ("sdpa", "torch"):
+            raise ValueError(
+                f"attention, kernels.prefix_attention: expected at most one of the two to be named, got {self.attention!r} and {kernel!r}; set one "
+                "to auto"
+            )
+        for index, stage in enumerate(self.stages):
+            if stage.optimizer.implementation == "apex" and self.kernels.adamw_step == "kernel":
+                raise ValueError(
+                    f"stages.{index}.optimizer.implementation, kernels.adamw_step: expected at most one of the two to be named, got 'apex' and "
+                    "'kernel'; set implementation to fused, or adamw_step to auto"
+                )
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> TransferRecipe:
@@ -516,7 +620,61 @@ class TransferRecipe(_Recipe):
             )
         if self.data.views > 1 and not (self.data.vision_cache and self.data.transform == "train"):
             raise ValueError("data.views: expected 1 unless data.vision_cache is on and data.transform is 'train'")
+        if self.data.cache_fill != "ahead" and not self.data.vision_cache:
+            raise ValueError("data.cache_fill: expected 'ahead' unless data.vision_cache is on, got 'first_epoch'")
+        if self.data.prompt_cache is True:
+            faults = {s.name: self.prompt_cache_fault(s) for s in self.stages if s.trains == "projector"}
+            if not faults:
+                raise ValueError(
+                    "data.prompt_cache: expected a stage with trains: projector, because a VPG that trains has nothing to keep; set it to auto"
+                )
+            for name, fault in faults.items():
+                if fault:
+                    raise ValueError(f"data.prompt_cache: cannot be on in the stage {name!r}: {fault}")
         return self
+
+    @model_validator(mode="after")
+    def _kernels_suit_the_distribution(self) -> TransferRecipe:
+        if self.kernels.frozen_linear == "kernel" and self.distribution.frozen == "sharded":
+            raise ValueError(
+                "kernels.frozen_linear, distribution.frozen: FP8 linears cannot be sharded, got kernel and sharded; set frozen_linear to torch, or "
+                "frozen to replicated"
+            )
+        if self.kernels.adamw_step == "kernel" and self.distribution.optimizer == "sharded":
+            raise ValueError(
+                "kernels.adamw_step, distribution.optimizer: the kernel updates every parameter that has a gradient, got kernel and sharded; set "
+                "adamw_step to torch, or optimizer to replicated"
+            )
+        for index, stage in enumerate(self.stages):
+            if stage.optimizer.implementation == "apex" and self.distribution.optimizer == "sharded":
+                raise ValueError(
+                    f"stages.{index}.optimizer.implementation, distribution.optimizer: only torch's AdamW is sharded, got apex and sharded; set "
+                    "implementation to fused, or optimizer to replicated"
+                )
+        return self
+
+    def prompt_cache_fault(self, stage: Stage) -> str | None:
+        """Why the outputs of the Q-Former cannot be kept in a stage, naming the settings; None where they can."""
+        data = self.data
+        if stage.trains != "projector":
+            return f"the VPG trains (stages.{stage.name}.trains is {stage.trains!r})"
+        if stage.frozen_dropout:
+            return "frozen_dropout draws them anew each time; set frozen_dropout of the stage to false, or data.prompt_cache to auto"
+        if data.loader == "ffcv":
+            return "data.loader is 'ffcv', whose views cannot be had again"
+        if data.vision_cache:
+            return None
+        random = [
+            e.name
+            for e in data.train
+            if e.name in (stage.data or [e.name]) and (e.transform or data.transform) == "train"
+        ]
+        if random:
+            return (
+                f"data.transform 'train' draws a new view of {', '.join(random)} each epoch; set data.vision_cache with data.views, or "
+                "data.transform=eval"
+            )
+        return None
 
 
 class TextData(_Section):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import json
 import time
 from pathlib import Path
@@ -15,7 +17,10 @@ PLAIN_LINE_SECONDS = 10.0
 
 
 class RunLog:
-    """Append events to `folder/log.jsonl`; mirror numbers to TensorBoard; show progress.  Ranks other than 0 write nothing."""
+    """Append events to `folder/log.jsonl`; mirror numbers to TensorBoard and W&B; show progress.
+
+    Ranks other than 0 show nothing; they append events to `rank_log`, where they have one.
+    """
 
     def __init__(
         self,
@@ -25,14 +30,23 @@ class RunLog:
         tensorboard: bool = False,
         resume_at: int | None = None,
         name: str = "log.jsonl",
+        rank_log: Path | None = None,
+        wandb: str | None = None,
     ):
-        """resume_at: drop events beyond this update, which a killed run wrote after its last checkpoint; None starts a new log."""
+        """wandb: name of a Weights & Biases project.
+
+        resume_at: drop events beyond this update, which a killed run wrote after its last checkpoint; None starts a new log.
+        """
         self.folder = folder
         self.enabled = enabled
         self._writer = None
         self._progress: Progress | None = None
         self._last_line = 0.0
+        self._file = self._wandb = None
         if not enabled:
+            if rank_log is not None:
+                rank_log.parent.mkdir(parents=True, exist_ok=True)
+                self._file = rank_log.open("a" if resume_at is not None else "w", buffering=1)
             return
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / name
@@ -43,22 +57,31 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_at)
+        if wandb:
+            self._wandb = _open_wandb(wandb, folder)
 
     def event(self, event: str, **fields: Any) -> None:
         """Write one event; numbers also go to TensorBoard at `step`."""
-        if not self.enabled:
+        if self._file is None:
             return
         self._file.write(json.dumps({"event": event, **fields}) + "\n")
-        if self._writer is not None and "step" in fields:
-            for name, value in fields.items():
-                if isinstance(value, (int, float)) and not isinstance(value, bool) and name != "step":
-                    self._writer.add_scalar(f"{event}/{name}", value, fields["step"])
+        if (self._writer is not None or self._wandb is not None) and "step" in fields:
+            numbers = {
+                f"{event}/{name}": value
+                for name, value in fields.items()
+                if isinstance(value, (int, float)) and not isinstance(value, bool) and name != "step"
+            }
+            if self._writer is not None:
+                for name, value in numbers.items():
+                    self._writer.add_scalar(name, value, fields["step"])
+            if self._wandb is not None:
+                self._wandb.log(numbers, step=fields["step"])
 
     def warn(self, name: str, message: str, **fields: Any) -> None:
         """A named warning, on the screen and in the log."""
         if self.enabled:
             console.print(f"[yellow]warning {name}:[/] {message}")
-            self.event("warning", name=name, message=message, **fields)
+        self.event("warning", name=name, message=message, **fields)
 
     def say(self, message: Any) -> None:
         """Print a line or a rich table on rank 0."""
@@ -89,10 +112,27 @@ class RunLog:
 
     def close(self) -> None:
         self.end_progress()
-        if self.enabled:
+        if self._file is not None:
             self._file.close()
         if self._writer is not None:
             self._writer.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def wandb_unsupported_reason() -> str | None:
+    """Why nothing can be sent to Weights & Biases; None where its package is."""
+    if importlib.util.find_spec("wandb") is None:
+        return "output.wandb: expected the package wandb, found none; install vpgtrans[wandb], or set output.wandb=null"
+    return None
+
+
+def _open_wandb(project: str, folder: Path) -> Any:
+    """A run of this folder; a resumed one goes on in the same."""
+    import wandb
+
+    key = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]
+    return wandb.init(project=project, name=folder.name, dir=str(folder), id=key, resume="allow")
 
 
 def _events_up_to(path: Path, step: int) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The process: device, precision, rank and threads.  One process here; every reduction already goes through it."""
+"""The process: device, precision, rank and threads.  Every reduction over ranks goes through it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import contextlib
 import os
 import random
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from .startup import StartError, compare_ranks, read_world
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,8 @@ class Runtime:
         return self.rank == 0
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """bfloat16 compute over float32 master weights on a GPU; nothing on the CPU in float32."""
-        if self.compute_dtype == torch.float32:
+        """bfloat16 compute over float32 master weights on a GPU; nothing where they are one dtype."""
+        if self.compute_dtype in (torch.float32, torch.float64):
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.compute_dtype)
 
@@ -60,24 +63,35 @@ class Runtime:
         return f"{name} x {self.world_size}, {str(self.compute_dtype).removeprefix('torch.')}"
 
 
-def start(device: str = "auto", precision: str = "auto", threads: int | None = None, seed: int = 0) -> Runtime:
+def start(
+    device: str = "auto",
+    precision: str = "auto",
+    threads: int | None = None,
+    seed: int = 0,
+    timeout_s: float = 600.0,
+    same_on_all_ranks: dict[str, str] | None = None,
+) -> Runtime:
     """Set up threads, seeds and, under torchrun, the process group.
 
-    Raises ValueError when a GPU is asked for and there is none.
+    timeout_s: of a collective, and of waiting for the other ranks at the start.  same_on_all_ranks: what every rank must have been started with.
+    Raises StartError when a GPU is asked for and there is none, the environment of ranks is incomplete, or ranks were started differently.
     """
+    world_size, rank, local_rank = read_world()
     if threads:
         torch.set_num_threads(threads)
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: expected a CUDA GPU, found none; set device=cpu or device=auto")
+        raise StartError("device: expected a CUDA GPU, found none; set device=cpu or device=auto")
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    world_size, rank, local_rank = (
-        int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0))
-    )
+    if kind == "cuda" and local_rank >= torch.cuda.device_count():
+        raise StartError(
+            f"environment: expected LOCAL_RANK below the {torch.cuda.device_count()} GPUs of this machine, got {local_rank}; start as many "
+            "processes as there are GPUs"
+        )
     target = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
         torch.cuda.set_device(target)
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+        _join("nccl" if kind == "cuda" else "gloo", rank, world_size, timeout_s, same_on_all_ranks or {})
     dtype = {
         "fp32": torch.float32,
         "bf16": torch.bfloat16,
@@ -87,6 +101,27 @@ def start(device: str = "auto", precision: str = "auto", threads: int | None = N
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     return Runtime(target, dtype, rank, world_size)
+
+
+def _join(backend: str, rank: int, world_size: int, timeout_s: float, same: dict[str, str]) -> None:
+    """Meet the other ranks, compare what they were started with, and make the process group."""
+    timeout = timedelta(seconds=timeout_s)
+    # torchrun keeps one store over its restarts, with the addresses of ranks that are gone.
+    attempt = f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    try:
+        store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
+        store.set_timeout(timeout)
+        own = dist.PrefixStore(attempt, store)
+        compare_ranks(dist.PrefixStore("vpgtrans", own), rank, world_size, same, timeout_s)
+        group_store = dist.PrefixStore("default_pg", own)
+        dist.init_process_group(backend, store=group_store, rank=rank, world_size=world_size, timeout=timeout)
+    except StartError:
+        raise
+    except (RuntimeError, ValueError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise StartError(
+            f"rank {rank}: expected to meet {world_size} ranks at {where} within {timeout_s:g} s: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def stop() -> None:

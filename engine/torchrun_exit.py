@@ -3,7 +3,9 @@
 torchrun exits 1 whatever its workers exited with, and prints a traceback of its own that is longer than the worker's
 message. Two codes of `engine/train.py` are messages to the caller, not crashes: 2 (the recipe is wrong; the worker
 has already said what and where) and 75 (EX_TEMPFAIL of sysexits.h: stopped on the scheduler's notice with a
-checkpoint, run it again). A shell script or a job scheduler has to see them.
+checkpoint, run it again). A shell script or a job scheduler has to see them. Where the notice (SIGTERM or SIGUSR1)
+comes to torchrun itself, it is handed on to the workers, and torchrun ends with 75 as they do; by itself torchrun
+would print a traceback for the one and be killed by the other, which leaves its workers without a parent.
 
 torchrun offers no hook for it. It does load every entry point of the group `torchrun.handlers` inside its own process
 (torch/distributed/elastic/rendezvous/registry.py), meant for rendezvous back ends. This module is registered there.
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +28,7 @@ from typing import NoReturn
 RECIPE_ERROR = 2
 STOPPED_ON_NOTICE = 75
 
+_NOTICES = (signal.SIGTERM, signal.SIGUSR1)
 _TRAIN_MODULE = "vpgtrans.engine.train"
 
 
@@ -32,6 +36,8 @@ def get_handler() -> Callable[..., NoReturn]:
     """Entry point of the group `torchrun.handlers`: installs the hook where it is due; returns a handler factory."""
     if is_torchrun(sys.orig_argv) and any(_is_train_script(argument) for argument in sys.argv[1:]):
         _wrap_excepthook()
+        # The default of torchrun's --signals-to-handle, which knows no SIGUSR1.
+        os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
     return _refuse_to_be_a_backend
 
 
@@ -68,9 +74,12 @@ def _wrap_excepthook() -> None:
 def _meaningful_exit_code(error: BaseException) -> int | None:
     """The exit code to hand on where `error` says that our script's first failing worker ended with one of ours."""
     # Imported here: torch.distributed.run is still half imported when torch loads the entry point.
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args
 
+    if isinstance(error, SignalException):  # torchrun has waited for its workers, which save
+        return STOPPED_ON_NOTICE if error.sigval in _NOTICES else None
     if not isinstance(error, ChildFailedError) or not _is_train_script(parse_args(sys.argv[1:]).training_script):
         return None
     _, failure = error.get_first_failure()

@@ -72,9 +72,13 @@ def prefix_attention(
 def dense_mask(segments: Tensor) -> Tensor:
     """segments (R, T, 4) int32 -> (R, 1, T, T) bool, [row, 0, query, key], for attention that takes a mask."""
     prefix_start, prefix_stop, caption_start, _ = segments[:, :, None].unbind(-1)  # (R, T, 1)
-    key = torch.arange(segments.shape[1], device=segments.device)
-    visible = ((key >= prefix_start) & (key < prefix_stop)) | (key >= caption_start)
-    return (visible & (key <= key[:, None]))[:, None]
+    token = torch.arange(segments.shape[1], device=segments.device)
+    return is_visible(prefix_start, prefix_stop, caption_start, token[:, None], token)[:, None]
+
+
+def is_visible(prefix_start: Tensor, prefix_stop: Tensor, caption_start: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """Whether a query, whose segments the first three are, sees a key; all are tokens of one row, of shapes that broadcast."""
+    return (((key >= prefix_start) & (key < prefix_stop)) | (key >= caption_start)) & (key <= query)
 
 
 def reference_prefix_attention(

@@ -13,7 +13,8 @@ import yaml
 from safetensors.torch import load_file
 
 from vpgtrans.engine.data.coco import DataError, read_captions
-from vpgtrans.engine.data.features import LiveFeatures, open_features
+from vpgtrans.engine.data.feature_cache import open_features
+from vpgtrans.engine.data.features import LiveFeatures
 from vpgtrans.engine.data.images import ImageRefused
 from vpgtrans.engine.data.packing import CaptionData, Group, pack_update
 from vpgtrans.engine.data.pair_batches import pack_pairs

@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from vpgtrans.engine import doctor
+from vpgtrans.engine import doctor, kernel_choice
 from vpgtrans.kernels import row_packing
 
 KERNELS = Path(__file__).resolve().parents[1] / "kernels"
@@ -36,6 +37,32 @@ def test_says_why_an_operation_runs_its_reference(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(row_packing.compiled, "C", None)
     row = doctor.collect()["operations"]["row_packing"]
     assert row["live"] == "reference" and "_C is not importable" in row["reason"]
+
+
+def test_says_what_a_run_would_choose(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under `auto`: FP8 works on the CPU but is not used there, and what runs here but was not measured is torch's."""
+    rows = doctor.collect()["operations"]
+    if not torch.cuda.is_available():
+        assert rows["frozen_linear"] == {"live": "reference", "reason": kernel_choice.fp8_reason(torch.device("cpu"))}
+    monkeypatch.setitem(doctor.OPERATIONS, "adamw_step", ("triton", lambda: None))
+    monkeypatch.setattr(doctor, "MEASURED", frozenset())
+    row = doctor.collect()["operations"]["adamw_step"]
+    assert row["live"] == "reference" and "not measured on a GPU yet" in row["reason"]
+    monkeypatch.setattr(doctor, "MEASURED", frozenset({"adamw_step"}))
+    assert doctor.collect()["operations"]["adamw_step"] == {"live": "triton", "reason": None}
+
+
+def test_lists_what_a_recipe_can_name(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setitem(doctor.BACK_ENDS, "attention: other", lambda: "not installed (pip install 'vpgtrans[other]')")
+    rows = doctor.collect()["back_ends"]
+    assert {"attention: flex", "attention: flash", "attention: xformers", "optimizer.implementation: apex"} < set(rows)
+    assert all(row["can_run"] == (row["reason"] is None) for row in rows.values())
+    if not torch.cuda.is_available():
+        assert rows["attention: flex"]["reason"] == "FlexAttention has no backward on the CPU"
+    doctor.main()
+    shown = capsys.readouterr().out
+    assert "attention: flash" in shown and "pip install 'vpgtrans[other]'" in shown
 
 
 def test_tells_a_foreign_or_broken_package_from_a_missing_one(

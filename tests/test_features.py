@@ -1,15 +1,21 @@
-"""The vision cache: exact, keyed by what it was made from, and rebuilt when it does not fit."""
+"""The vision cache: exact, keyed by what it was made from, filled ahead or as it is read, and refused when it is damaged."""
 
 from __future__ import annotations
 
+import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from vpgtrans.engine.data.coco import read_captions
-from vpgtrans.engine.data.features import CachedFeatures, LiveFeatures, open_features
+from vpgtrans.engine.data.feature_cache import StoredFeatures, open_features
+from vpgtrans.engine.data.feature_table import Layout
+from vpgtrans.engine.data.features import LiveFeatures
 from vpgtrans.engine.data.packing import CaptionData, Group
+from vpgtrans.engine.data.reading import DataError
 from vpgtrans.engine.models.vision import MobileNetV2, PixelNorm, VisionTower, load_tower
 from vpgtrans.engine.recipe import Vision
 from vpgtrans.engine.runlog import RunLog
@@ -39,12 +45,12 @@ GROUPS = [Group(3, 0, (0,)), Group(1, 2, (0,)), Group(3, 5, (0,))]
 
 
 def caches(tmp_path: Path) -> list[Path]:
-    return sorted((tmp_path / "cache").glob("*.bin"))
+    return sorted((tmp_path / "cache").glob("vision-*"))
 
 
 def test_cache_is_exact(opened, tmp_path):
     live, cached = opened(cached=False), opened()
-    assert isinstance(live, LiveFeatures) and isinstance(cached, CachedFeatures)
+    assert isinstance(live, LiveFeatures) and isinstance(cached, StoredFeatures)
     assert torch.allclose(cached(GROUPS), live(GROUPS), atol=1e-6)
     assert torch.equal(opened()(GROUPS), cached(GROUPS)) and len(caches(tmp_path)) == 1
 
@@ -77,12 +83,97 @@ def test_fast_decoding_is_another_cache(opened, tmp_path):
     assert torch.equal(fast(GROUPS), opened()(GROUPS))
 
 
-def test_a_truncated_cache_is_rebuilt_and_said(opened, tmp_path, capfd):
+def test_a_truncated_or_foreign_cache_is_refused(opened, tmp_path):
+    opened()
+    (folder,) = caches(tmp_path)
+    whole = {path: path.read_bytes() for path in folder.iterdir()}
+    about = json.loads(whole[folder / "about.json"])
+    spoiled = [
+        ("shard-00000.bin", lambda b: b[:-10], r"shard-00000.bin: expected 7,\d+ bytes, found 7,\d+: truncated"),
+        ("rows.crc", lambda b: b[:-8], "rows.crc: expected 192 bytes, found 184"),
+        ("rows.crc", lambda b: bytes(8) + b[8:], "1 rows have no checksum, although"),
+        ("about.json", lambda b: json.dumps({**about, "key": "0"}).encode(), "key: expected .*, found '0': a foreign"),
+        ("about.json", lambda b: json.dumps({**about, "format": "x-9"}).encode(), "format: expected .*, found 'x-9'"),
+        ("about.json", lambda b: b[:40], "expected what a cache was made of"),
+    ]
+    for name, spoil, message in spoiled:
+        (folder / name).write_bytes(spoil(whole[folder / name]))
+        with pytest.raises(DataError, match=message) as raised:
+            opened()
+        assert "vpgtrans cache RECIPE --rebuild" in str(raised.value) and str(folder) in str(raised.value)
+        (folder / name).write_bytes(whole[folder / name])
+    opened()
+    (folder / "shard-00000.bin").unlink()
+    with pytest.raises(DataError, match="found 0: truncated"):
+        opened()
+
+
+def test_a_damaged_row_is_refused_when_complete_and_computed_again_when_not(opened, tmp_path, capfd):
     expected = opened()(GROUPS)
-    (path,) = caches(tmp_path)
-    path.write_bytes(path.read_bytes()[:-10])
-    assert torch.equal(opened()(GROUPS), expected)
-    assert "stale_cache" in capfd.readouterr().err
+    (folder,) = caches(tmp_path)
+    raw = bytearray((folder / "shard-00000.bin").read_bytes())
+    row = len(raw) // 24
+    raw[3 * row + 5] ^= 1  # of image 3
+    (folder / "shard-00000.bin").write_bytes(raw)
+    cached = opened()
+    assert torch.equal(cached(GROUPS[1:2]), expected[1:2])
+    with pytest.raises(DataError, match=r"shard-00000.bin: row 3 fails its checksum; build the cache again"):
+        cached(GROUPS)
+    (folder / "complete.json").unlink()
+    filling = opened(fill="first_epoch")
+    assert not (folder / "complete.json").exists() and filling.table.missing() == 1
+    assert torch.allclose(filling(GROUPS), expected, atol=1e-6)
+    assert torch.equal(opened()(GROUPS), filling(GROUPS)) and (folder / "complete.json").exists()
+
+
+def test_filled_in_the_first_epoch(opened, tmp_path, capfd):
+    live, filling = opened(cached=False), opened(fill="first_epoch")
+    assert filling.table.missing() == 24
+    first = filling(GROUPS)
+    assert torch.equal(first, live(GROUPS)) and filling.table.missing() == 22
+    assert torch.equal(filling(GROUPS), first) and filling.table.read([0]) is None
+    # Filled up by the next one that wants all of it; what is there stays.
+    whole = opened()
+    assert "22 of 24 rows to compute" in capfd.readouterr().err
+    assert whole.table.is_complete and torch.equal(whole(GROUPS), first)
+
+
+def test_an_interrupted_filling_goes_on(opened, tmp_path, monkeypatch):
+    expected = opened(transform="train", views=3)
+    shutil.rmtree(caches(tmp_path)[0])
+    monkeypatch.setattr("vpgtrans.engine.data.feature_cache.BUILD_BATCH", 5)
+    real, calls = LiveFeatures.finish, []
+
+    def stopped(self, prepared):
+        calls.append(len(prepared))
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(self, prepared)
+
+    monkeypatch.setattr(LiveFeatures, "finish", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        opened(transform="train", views=3)
+    resumed = opened(transform="train", views=3)
+    assert sum(calls) == 3 * 24 + calls[3]
+    groups = [Group(i, epoch, ()) for epoch in range(3) for i in range(24)]
+    assert torch.allclose(resumed(groups), expected(groups), atol=1e-6)
+
+
+def test_fp8_is_near_and_halves_what_is_stored(opened, tmp_path):
+    exact, stored = opened()(GROUPS), opened(precision="fp8")
+    assert len(caches(tmp_path)) == 2
+    error = (stored(GROUPS) - exact).abs() / exact.abs().amax(-1, keepdim=True)
+    # e4m3 has 3 bits of mantissa: half a step is 1/16 of a value.
+    assert 0 < error.max() < 1 / 16
+    layout = Layout(1, 10, 257, 1408, torch.bfloat16)
+    assert layout.row_bytes == 2 * 257 * 1408
+    assert replace(layout, precision="fp8").row_bytes == pytest.approx(257 * (1408 + 4), abs=64)
+
+
+def test_an_old_cache_file_is_passed_over(opened, tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "vision-scenes-0123456789abcdef.bin").write_bytes(b"old")
+    assert opened()(GROUPS).shape[0] == 3
 
 
 def test_a_convolutional_tower_in_channels_last_can_be_cached(opened):

@@ -15,23 +15,17 @@ from vpgtrans.engine.models.attention import PREFIX
 from vpgtrans.engine.models.llm import ModelError
 from vpgtrans.engine.models.vlm import VisionLanguageModel
 from vpgtrans.engine.models.vpg import VPG
-from vpgtrans.engine.recipe import Kernels, QFormerConfig, RecipeError, load_recipe
+from vpgtrans.engine.recipe import Kernels, RecipeError, load_recipe
 from vpgtrans.engine.runtime import start, stop
 from vpgtrans.kernels.triton_support import is_interpreted
 
 
 @pytest.fixture
-def choose(make_llm):
+def choose(make_vlm):
     """choose(llm, prefix_attention="on", ...) -> {name: Choice} on the CPU."""
     runtime = start("cpu", "fp32", 1, 0)
-    yield lambda llm, **asked: {c.name: c for c in use_kernels(Kernels(**asked), around(llm), None, runtime, None)}
+    yield lambda llm, **asked: {c.name: c for c in use_kernels(Kernels(**asked), make_vlm(llm), None, runtime, None)}
     stop()
-
-
-def around(llm) -> VisionLanguageModel:
-    """A vision-language model of `llm`."""
-    sizes = QFormerConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
-    return VisionLanguageModel(VPG(sizes, 6), torch.nn.Linear(8, llm.hidden_width), llm)
 
 
 def test_nothing_unmeasured_is_on_by_itself(make_llm, choose):
@@ -76,9 +70,9 @@ def test_fp8_is_for_gpus(make_llm, choose):
         choose(make_llm("llama"), frozen_linear="kernel")
 
 
-def test_the_first_half_of_the_model(make_llm, choose):
+def test_the_first_half_of_the_model(make_llm, make_vlm, choose):
     """The cross-attention's cheaper form is torch's own operations too; the projector's rows are packed ones."""
-    model = around(make_llm("llama"))
+    model = make_vlm(make_llm("llama"))
     runtime = start("cpu", "fp32", 1, 0)
     asked = Kernels(qformer_attention="kernel", projector_converter="kernel")
     if is_interpreted():

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -61,11 +62,34 @@ def test_a_position_goes_on_where_its_update_ended(depth):
         )
 
 
-def test_ranks_share_the_micro_batches():
-    whole, shares = consumed(stream(depth=0)), [consumed(stream(rank=r, world_size=2)) for r in (0, 1)]
-    for update, first, second in zip(whole, *shares, strict=True):
-        assert first[:4] == second[:4] == update[:4]
-        assert first[4] == update[4][0::2] and second[4] == update[4][1::2]
+def dealt(*ranks: UpdateStream) -> list:
+    """For each update: pairs, targets, position, and for each rank its micro-batches as (sorted groups, targets)."""
+    found = []
+    for parts in zip(*([(u, list(b)) for u, b in rank] for rank in ranks), strict=True):
+        first = parts[0][0]
+        assert all(replace(u, position=first.position) == first for u, _ in parts)
+        of_ranks = [[(b.groups, b.target_count) for b, _ in batches] for _, batches in parts]
+        assert all(len(own) == first.own_batches for own in of_ranks)
+        assert first.batch_count == sum(n > 0 for own in of_ranks for _, n in own)
+        found.append((first.pairs, first.targets, first.position, of_ranks))
+    return found
+
+
+def trained(update) -> list:
+    """Groups of an update that have targets, whichever rank had them."""
+    return sorted((g.image, g.captions) for own in update[3] for groups, targets in own if targets for g in groups)
+
+
+@pytest.mark.parametrize("world", [2, 3, 7])
+def test_ranks_share_the_groups(world):
+    """Each group once; as many micro-batches on each rank, those beyond its share without targets."""
+    whole = dealt(stream(depth=0))
+    shares = dealt(*(stream(rank=rank, world_size=world) for rank in range(world)))
+    for one, many in zip(whole, shares, strict=True):
+        assert one[:3] == many[:3]
+        assert trained(one) == trained(many)
+        assert sum(n for own in many[3] for _, n in own) == one[1]
+    assert any(n == 0 for update in shares for own in update[3] for _, n in own)
 
 
 def test_what_a_consumer_leaves_is_skipped():
@@ -91,20 +115,14 @@ def test_an_error_in_the_thread_reaches_the_loop(depth):
 
 
 def test_one_two_and_one_ranks_go_on_as_one_would():
-    """Updates 0 and 1 by one process, 2 and 3 by two, 4 by one: every micro-batch once, in the order of an uninterrupted process."""
-    whole = consumed(stream())
-    found = consumed(stream(lengths=LENGTHS[:2]))
-    ranks = [
-        consumed(stream(position=Position(**found[-1][3]), lengths=LENGTHS[2:4], rank=rank, world_size=2))
-        for rank in (0, 1)
-    ]
-    for first, second in zip(*ranks, strict=True):
-        assert first[:4] == second[:4]
-        merged: list = [None] * first[2]
-        merged[0::2], merged[1::2] = first[4], second[4]
-        found.append((*first[:4], merged))
-    found += consumed(stream(position=Position(**found[-1][3]), lengths=LENGTHS[4:]))
-    assert found == whole
+    """Updates 0 and 1 by one process, 2 and 3 by two, 4 by one: every group once, in the updates of an uninterrupted process."""
+    whole = dealt(stream())
+    found = dealt(stream(lengths=LENGTHS[:2]))
+    at = Position(**found[-1][2])
+    found += dealt(*(stream(position=at, lengths=LENGTHS[2:4], rank=rank, world_size=2) for rank in (0, 1)))
+    found += dealt(stream(position=Position(**found[-1][2]), lengths=LENGTHS[4:]))
+    assert [u[:3] for u in found] == [u[:3] for u in whole]
+    assert [trained(u) for u in found] == [trained(u) for u in whole]
 
 
 GROWTH = """

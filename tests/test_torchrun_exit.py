@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,33 @@ def test_a_recipe_error_reaches_the_caller_without_a_traceback(folder: Path) -> 
 def test_two_workers_stopped_on_notice_started_as_a_module_inside_engine(folder: Path) -> None:
     returned, output = run(TORCHRUN_MODULE, "--nproc-per-node", "2", "train.py", "75", cwd=folder / "engine")
     assert returned == 75, output
+
+
+SAVES_ON_NOTICE = """
+import os, pathlib, signal, sys, time
+def save(number, frame):
+    pathlib.Path(f"saved-{os.environ['RANK']}").write_text(signal.Signals(number).name)
+    sys.exit(75)
+signal.signal(signal.SIGTERM, save)
+signal.signal(signal.SIGUSR1, save)
+pathlib.Path(f"ready-{os.environ['RANK']}").write_text("")
+time.sleep(120)
+"""
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_notice_to_torchrun_reaches_its_workers_and_the_caller(folder: Path, sent: signal.Signals) -> None:
+    (folder / "engine" / "train.py").write_text(SAVES_ON_NOTICE)
+    command = [*TORCHRUN, "--nproc-per-node", "2", "engine/train.py"]
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 120
+    while len(list(folder.glob("ready-*"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(sent)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 75, output
+    assert [(folder / f"saved-{rank}").read_text() for rank in (0, 1)] == [sent.name] * 2
+    assert "Traceback" not in output
 
 
 def test_other_codes_stay_as_torchrun_has_them(folder: Path) -> None:

@@ -21,6 +21,7 @@ from .coco import ImageRecord, read_image_data
 from .conversation import Framer
 from .formats import caption_source
 from .packed import PackedRecords, is_pack, iterate_packed, read_index
+from .packing import Subset, TokenisedCaptions, join
 from .reading import DataError, RefusalReport, VerifyImages, check_outcome
 from .tar_member import TarMember
 from .token_table import TABLE_VERSION, TableError, TableRow, TokenTable, in_chunks, write_table
@@ -68,6 +69,21 @@ def open_captioned(
     table = TokenTable(folder, name, found.records)
     table.refused = found.refused  # the images were looked at just now
     return table
+
+
+def open_training(
+    entries: Sequence[ImageData], open_one: Callable[[ImageData], TokenTable]
+) -> tuple[TokenisedCaptions, dict[str, tuple[Subset, float | None]], list[range]]:
+    """All training sets side by side: (the data, the place and weight of each set by name, ranges of images with the eval transform)."""
+    sets, subsets, fixed, at = [], {}, [], 0
+    for entry in entries:
+        captions = open_one(entry)
+        sets.append(captions)
+        subsets[entry.name] = Subset(at, at + len(captions), entry.weight or 1.0), entry.weight
+        if entry.transform == "eval":
+            fixed.append(range(at, at + len(captions)))
+        at += len(captions)
+    return join(sets), subsets, fixed
 
 
 def _open_packed(

@@ -300,7 +300,7 @@ class PackedBatch:
 
     ids (R, T) int64, positions (R, T) int64, segments (R, T, 4) int32 (what each token sees, kernels/prefix_attention.py), visual_slots (V,)
     and visual_source (V,) int64 (flat slot, flat row of the prompts (groups x queries)), predict (P,) int64 flat positions whose next token
-    is `labels` (P,) int64.
+    is `labels` (P,) int64.  segments_on_cpu: `segments` as they were packed, once the batch is elsewhere.
     """
 
     groups: list[Group]
@@ -311,6 +311,7 @@ class PackedBatch:
     visual_source: Tensor
     predict: Tensor
     labels: Tensor
+    segments_on_cpu: Tensor | None = None
 
     @property
     def pair_count(self) -> int:
@@ -332,7 +333,8 @@ class PackedBatch:
             name: getattr(self, name).to(device, non_blocking=True)
             for name in ("ids", "positions", "segments", "visual_slots", "visual_source", "predict", "labels")
         }
-        return PackedBatch(self.groups, **moved)
+        on_cpu = self.segments if self.segments_on_cpu is None else self.segments_on_cpu
+        return PackedBatch(self.groups, **moved, segments_on_cpu=on_cpu)
 
 
 @dataclass(frozen=True)

@@ -14,20 +14,22 @@ from typing import Any
 
 from torch import Tensor
 
+from .dealing import dealt_batches
 from .features import FeatureSource
 from .packing import Batch, Group, UpdateOrder
 
 
 @dataclass(frozen=True)
 class Update:
-    """One update's plan: pairs and targets over all ranks (of unusable images too), this rank's micro-batches out of how many, and the
-    data position after it."""
+    """One update's plan: pairs and targets over all ranks (of unusable images too), this rank's micro-batches (as many as any other rank's, those
+    without targets counted) out of how many with targets, the data position after it, and the images with their captions, of all ranks."""
 
     pairs: int
     targets: int
     batch_count: int
     own_batches: int
     position: dict[str, Any]
+    groups: Sequence[Group] = ()
 
 
 @dataclass(frozen=True)
@@ -38,13 +40,15 @@ class _Failure:
 class UpdateStream:
     """Iterate for (update, iterator of (micro-batch on the host, its prepared images)); close it when stopping early.
 
-    lengths: pairs of each update to come.  depth: micro-batches prepared ahead; 0 does everything in line.
+    lengths: pairs of each update to come.  tokens: of a group, by which groups are dealt to ranks (dealing.py); default: its captions.
+    depth: micro-batches prepared ahead; 0 does everything in line.
     """
 
     def __init__(
         self, order: UpdateOrder, lengths: Iterator[int], pack: Callable[[list[Group]], Sequence[Batch]], features: FeatureSource, *,
-        rank: int = 0, world_size: int = 1, depth: int = 4,
+        rank: int = 0, world_size: int = 1, depth: int = 4, tokens: Callable[[Group], int] = lambda group: len(group.captions),
     ):  # fmt: skip
+        self._tokens = tokens
         self._order, self._lengths, self._pack, self._features = order, lengths, pack, features
         self._rank, self._world_size = rank, world_size
         self._stopped = threading.Event()
@@ -80,11 +84,11 @@ class UpdateStream:
         for pairs in self._lengths:
             groups = self._order.next_update(pairs)
             position = asdict(self._order.position)
-            batches = self._pack(groups)
-            own = batches[self._rank :: self._world_size]
-            yield Update(
-                sum(len(g.captions) for g in groups), sum(b.target_count for b in batches), len(batches), len(own), position
-            )  # fmt: skip
+            dealt = dealt_batches(groups, self._tokens, self._pack, self._world_size)
+            targets = [b.target_count for of_rank in dealt for b in of_rank]
+            own = dealt[self._rank]
+            count = len(targets) if self._world_size == 1 else sum(n > 0 for n in targets)
+            yield Update(sum(len(g.captions) for g in groups), sum(targets), count, len(own), position, groups)
             for batch in own:
                 prepared = self._features.prepare(batch.groups)
                 bad = self._features.unusable.keys() & {g.image for g in batch.groups}

@@ -7,13 +7,14 @@ The contract, checked on a short sequence when a model is loaded:
 * a boolean mask (rows, 1, tokens, tokens) and explicit positions are honoured, which is what lets the captions of one image share
   their visual prefix in one row.
 
-On an NVIDIA GPU packed rows are attended to by kernels/prefix_attention.py, through transformers' attention interface (attention.py).
+Packed rows can be attended to by kernels/prefix_attention.py or by other people's attention (attention_back_ends.py), through transformers'
+attention interface (attention.py).
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +27,8 @@ from ...kernels.prompt_assembly import prompt_assembly
 from ...kernels.triton_support import triton_unsupported_reason
 from ..data.packing import Group, PackedBatch, TokenisedCaptions, pack_update
 from ..recipe import Generation
-from .attention import PREFIX, register_prefix_attention
+from .attention import BACK_END, PREFIX, PackedMask, register_back_ends, register_prefix_attention
+from .attention_back_ends import BackEnd, layout_for
 from .llm import LanguageModel, ModelError, prompt_counts_in_beam_score
 
 
@@ -58,20 +60,30 @@ class CausalLanguageModel(LanguageModel):
     """A frozen decoder-only language model."""
 
     assembles_prompts = False  # whether `kernels.prompt_assembly` puts words and soft prompts together
+    graphed: Callable[..., Any] | None = None  # the base model captured in a CUDA graph, for `graphed_rows` rows (regions.py)
+    graphed_rows = 0
+    back_end: BackEnd | None = None  # of packed attention, where it is neither sdpa nor the kernels
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str = ""):
         super().__init__(model, tokenizer, path)
         fold_input_projection(model)
 
-    def hidden_states(self, inputs: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+    def hidden_states(self, inputs: Tensor, positions: Tensor, mask: Tensor | PackedMask) -> Tensor:
         """inputs (rows, tokens, W), positions (rows, tokens) int64, mask (rows, 1, tokens, tokens) bool or what `packed_mask` gives ->
         (rows, tokens, head width)."""
-        if self.model.config._attn_implementation == "eager":  # which adds its mask to the scores
+        more: dict[str, Any] = {}
+        if isinstance(mask, PackedMask):
+            mask, more = mask.segments, {"packed": mask}
+        elif self.model.config._attn_implementation == "eager":  # which adds its mask to the scores
             mask = torch.zeros(mask.shape, dtype=inputs.dtype, device=mask.device).masked_fill_(
                 ~mask, torch.finfo(inputs.dtype).min
             )
-        return self.model.base_model(
-            inputs_embeds=inputs, position_ids=positions, attention_mask=mask, use_cache=False
+        run = self.model.base_model
+        if self.graphed is not None and inputs.shape[0] == self.graphed_rows and torch.is_grad_enabled():
+            torch.compiler.cudagraph_mark_step_begin()  # the last micro-batch's outputs are done with
+            run = self.graphed
+        return run(
+            inputs_embeds=inputs, position_ids=positions, attention_mask=mask, use_cache=False, **more
         ).last_hidden_state
 
     def prompt_assembly_unsupported_reason(self, device: torch.device) -> str | None:
@@ -81,21 +93,41 @@ class CausalLanguageModel(LanguageModel):
             return f"words come from a {type(table).__name__}: scaled or projected before the first block"
         return triton_unsupported_reason(device)
 
-    def packed_mask(self, segments: Tensor) -> Tensor:
-        """segments (rows, tokens, 4) int32 of packed rows -> the mask that the model's attention takes."""
-        return segments[:, None] if self.model.config._attn_implementation == PREFIX else dense_mask(segments)
+    def packed_mask(self, segments: Tensor, on_cpu: Tensor | None = None) -> Tensor | PackedMask:
+        """segments (rows, tokens, 4) int32 of packed rows -> the mask that the model's attention takes.
+
+        on_cpu: the same on the CPU, where it is there: what some back ends are told of it needs no wait for the device then.
+        """
+        implementation = self.model.config._attn_implementation
+        if implementation == BACK_END:
+            layout = layout_for(self.back_end, segments if on_cpu is None else on_cpu, segments.device)
+            return PackedMask(segments[:, None], self.back_end, layout)
+        return segments[:, None] if implementation == PREFIX else dense_mask(segments)
+
+    def stands_in_for_sdpa_reason(self) -> str | None:
+        """Why other attention cannot stand in for this model's own; None where it can."""
+        if (implementation := self.model.config._attn_implementation) not in ("sdpa", PREFIX, BACK_END):
+            return f"{self.path!r} attends by {implementation}, and other attention stands in for sdpa only"
+        return None
+
+    def use_back_end(self, back_end: BackEnd) -> None:
+        """From here on attend to packed rows by `back_end`; as `use_prefix_attention`."""
+        register_back_ends()
+        self.back_end = back_end
+        self._attend_by(BACK_END)
 
     def prefix_attention_unsupported_reason(self, device: torch.device) -> str | None:
         """Why this model cannot attend to packed rows by the kernels on `device`; None where it can."""
-        if (implementation := self.model.config._attn_implementation) not in ("sdpa", PREFIX):
-            return f"{self.path!r} attends by {implementation}, and the kernels stand in for sdpa"
-        return triton_unsupported_reason(device)
+        return self.stands_in_for_sdpa_reason() or triton_unsupported_reason(device)
 
     def use_prefix_attention(self) -> None:
         """From here on attend to packed rows by the kernels.  The model is on its device; raises ModelError where its contract does not hold
         then, and all stays as it was."""
         register_prefix_attention()
-        self.model.set_attn_implementation(PREFIX)
+        self._attend_by(PREFIX)
+
+    def _attend_by(self, implementation: str) -> None:
+        self.model.set_attn_implementation(implementation)
         try:
             self.check_contract()
         except ModelError:
@@ -127,7 +159,7 @@ class CausalLanguageModel(LanguageModel):
             words = self.embed(batch.ids).flatten(0, 1)
             prompt_rows = prompts.flatten(0, 1)[batch.visual_source].to(words.dtype)
             inputs = words.index_copy(0, batch.visual_slots, prompt_rows).view(*batch.ids.shape, -1)
-        hidden = self.hidden_states(inputs, batch.positions, self.packed_mask(batch.segments))
+        hidden = self.hidden_states(inputs, batch.positions, self.packed_mask(batch.segments, batch.segments_on_cpu))
         return self.cross_entropy_sum(hidden.flatten(0, 1)[batch.predict], batch.labels)
 
     @torch.no_grad()
@@ -153,7 +185,7 @@ class CausalLanguageModel(LanguageModel):
         config = self.generation_config(settings, bos_token_id=self.special.bos)
         counted = settings.beam_score == "prompt_and_generated"
         with prompt_counts_in_beam_score(self.model, longest, self.ends) if counted else contextlib.nullcontext():
-            return self.model.generate(inputs_embeds=inputs, attention_mask=mask, generation_config=config)
+            return self.model.generate(inputs_embeds=inputs, attention_mask=mask, generation_config=config, synced_gpus=self.is_sharded)
 
     @torch.no_grad()
     def generate_after(

@@ -59,6 +59,8 @@ class LanguageModel(nn.Module, ABC):
     # Whether the loss is `kernels.linear_cross_entropy`'s, which never holds the logits of all rows. On the CPU its chunks took 1.2 to 1.5 times
     # as long as torch's own lines at the demo's sizes.
     fuses_head = False
+    # Whether its blocks are in pieces over the ranks (engine/distributed/frozen.py), which then must run equally many steps of generation.
+    is_sharded = False
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str = ""):
         super().__init__()
@@ -290,6 +292,21 @@ def load_language_model(
     if check:
         language_model.check_contract()
     return language_model
+
+
+def load_tokenizer_only(path: str | Path) -> LanguageModel:
+    """A language model without weights, for what needs its tokenizer and sizes alone; raises ModelError as `load_language_model`."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    name = str(path)
+    try:
+        config = AutoConfig.from_pretrained(name)
+        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        with torch.device("meta"):
+            model = kind.from_config(config, attn_implementation=attention_of(config))
+        return wrap(model, AutoTokenizer.from_pretrained(name), name)
+    except LOAD_ERRORS as error:
+        raise ModelError(f"llm: expected a language model folder or hub id, got {name!r}: {error}") from error
 
 
 def attention_of(config: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,6 +15,13 @@ from ..recipe import QFormerConfig
 from .qformer import QFormer
 
 LN_VISION_EPS = 1e-5  # the reference's; transformers' BLIP-2 uses the ViT's 1e-6 in the same place
+
+
+@dataclass(frozen=True)
+class VPGOutput:
+    """What a VPG gave for the images of a batch: (B, queries, hidden width), in place of their features."""
+
+    values: Tensor
 
 
 class VPG(nn.Module):

@@ -5,14 +5,19 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
-from ..data.packing import DataError
+from ..data.feature_table import Layout
+from ..data.packing import DataError, Subset
 from ..dry_run import GIB, Plan, make_plan
+from ..prompt_cache import AUTO_SHARE, spared_share
 from ..recipe import TransferRecipe
-from .costs import StageCosts, StageEstimate, estimate, largest_micro_batch
+from .communication import Frozen, scaling
+from .costs import TOWER, VPG_, StageCosts, StageEstimate, estimate, largest_micro_batch
 from .devices import RESERVED_BYTES, Device, find_device
 from .options import check_options
 from .switches import flipped, savings, switches
@@ -79,7 +84,9 @@ def _stage(plan: Plan, index: int, device: Device, gpus: int, price: float | Non
     item, data = plan.stages[index], plan.recipe.data
     costs = item.costs
     load = costs.workload
-    tower = _tower_of_update(plan, costs) if data.vision_cache else None
+    spared = _spared_by_prompts(plan, index)
+    whole, costs = costs, _with_prompts(costs, spared)
+    tower = _tower_of_update(plan, whole) if data.vision_cache else None
     build_s = 0.0
     if tower is not None and index == 0:  # one process builds it, as the engine does
         images = sum(_images_seen(plan, s) or 0 for s in plan.shapes) * data.views
@@ -110,9 +117,55 @@ def _stage(plan: Plan, index: int, device: Device, gpus: int, price: float | Non
         "hours": made.stage_s / 3600, "gpu_hours": hours, "money": None if price is None else hours * price,
         "savings": [
             {"name": s.name, "on": s.is_on, "flops_a_pair_without": s.flops_without, "why": s.why}
-            for s in savings(plan.recipe, costs, tower, bool(plan.model.llm.config.is_encoder_decoder))
+            for s in savings(plan.recipe, costs, tower, bool(plan.model.llm.config.is_encoder_decoder), whole if spared else None)
         ],
+        "communication": _communication(plan, costs, item.pairs, device),
     }  # fmt: skip
+
+
+def _spared_by_prompts(plan: Plan, index: int) -> float:
+    """Share of a stage's encodings that its prompt cache spares; 0 where it has none, as `engine/prompt_cache.py` decides."""
+    item, data = plan.stages[index], plan.recipe.data
+    chosen = [e for e in data.train if e.name in (item.stage.data or [e.name])]
+    shapes = [plan.shapes[e.name] for e in chosen]
+    if (
+        data.prompt_cache is False
+        or plan.recipe.prompt_cache_fault(item.stage)
+        or any(s.images is None for s in shapes)
+    ):
+        return 0.0
+    subsets = []
+    for entry, shape in zip(chosen, shapes, strict=True):
+        an_image = shape.captions_per_image
+        pairs = shape.images * (
+            an_image if data.captions_per_image == "all" else min(data.captions_per_image, an_image)
+        )
+        subsets.append((Subset(0, shape.images, entry.weight or pairs), pairs))
+    views = data.views if data.vision_cache and data.transform == "train" else 1
+    spared = spared_share(subsets, item.pairs, views)
+    return spared if data.prompt_cache is True or spared >= AUTO_SHARE else 0.0
+
+
+def _with_prompts(costs: StageCosts, spared: float) -> StageCosts:
+    update = {part: cost * (1 - spared) if part in (TOWER, VPG_) else cost for part, cost in costs.update.items()}
+    return replace(costs, update=update)
+
+
+def _communication(plan: Plan, costs: StageCosts, pairs: int, device: Device) -> list[dict[str, Any]]:
+    """Rows for 8 to 64 GPUs; nothing on the CPU, which has no links of a known rate."""
+    if not device.overlaps:
+        return []
+    size, llm = plan.compute_dtype.itemsize, plan.model.llm
+    with_tower = not plan.recipe.data.vision_cache
+    frozen = Frozen(
+        size * plan.tower.parameter_count * with_tower, _blocks(plan.tower), size * sum(p.numel() for p in llm.parameters()), _blocks(llm)
+    )  # fmt: skip
+    alone = estimate(costs, pairs, device, 1)
+    return scaling(costs, alone.seconds, alone.update_s, frozen, device)
+
+
+def _blocks(part: nn.Module) -> int:
+    return max((len(m) for m in part.modules() if isinstance(m, nn.ModuleList)), default=1)
 
 
 def _utilisation(made: StageEstimate, device: Device, gpus: int) -> float | None:
@@ -141,7 +194,7 @@ def _remedy(fixed: float, largest: int, device: Device, gpus: int, memory: dict[
     frozen = sum(v for k, v in memory.items() if k.startswith("frozen"))
     text = f"weights, gradients and moments alone take {fixed / GIB:.1f} GiB of {device.memory_bytes / GIB:.1f} GiB; "
     if fixed - frozen + frozen / max(gpus, 8) < 0.8 * device.memory_bytes:
-        text += f"sharding the frozen parts ({frozen / GIB:.1f} GiB) over {max(gpus, 8)} GPUs would fit them, which the engine cannot do yet; "
+        text += f"sharding the frozen parts ({frozen / GIB:.1f} GiB) over {max(gpus, 8)} GPUs would fit them (distribution.frozen=sharded, or auto); "
     return text + "choose a GPU with more memory, a smaller target.llm, or fewer data.row_tokens"
 
 
@@ -171,11 +224,15 @@ def _disk(plan: Plan) -> dict[str, Any]:
     views = plan.recipe.data.views
     images = {name: _images_seen(plan, name) or 0 for name in plan.shapes}
     total = sum(images.values())
-    one = plan.tower.tokens * plan.tower.width * plan.compute_dtype.itemsize
+    precision = plan.recipe.data.cache_precision
+    one = Layout(1, 1, plan.tower.tokens, plan.tower.width, plan.compute_dtype, precision).row_bytes
+    config = plan.model.vpg.config
+    prompt = Layout(1, 1, config.num_query_tokens, config.hidden_size, plan.compute_dtype, precision).row_bytes
     captions = {name: images[name] * s.captions_per_image * s.caption_tokens for name, s in plan.shapes.items()}
     return {
         "images": total, "vision_cache": plan.recipe.data.vision_cache, "vision_cache_bytes": total * views * one,
-        "vision_cache_bytes_an_image": one, "views": views,
+        "vision_cache_bytes_an_image": one, "views": views, "precision": precision,
+        "prompt_cache": any(_spared_by_prompts(plan, index) for index in range(len(plan.stages))), "prompt_cache_bytes": total * views * prompt,
         "pack_bytes": sum(images[n] * (s.image_bytes or PACKED_IMAGE_BYTES) for n, s in plan.shapes.items()),
         "token_table_bytes": TOKEN_BYTES * sum(captions.values()),
     }  # fmt: skip

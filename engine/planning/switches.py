@@ -32,8 +32,11 @@ class Switch:
     note: str = ""
 
 
-def savings(recipe: TransferRecipe, costs: StageCosts, tower: Cost | None, is_encoder_decoder: bool) -> list[Saving]:
-    """The engine's savings in one stage; tower: the forward pass of an update's images where the vision cache spares it."""
+def savings(
+    recipe: TransferRecipe, costs: StageCosts, tower: Cost | None, is_encoder_decoder: bool, without_prompts: StageCosts | None = None
+) -> list[Saving]:  # fmt: skip
+    """The engine's savings in one stage; tower: the forward pass of an update's images where the vision cache spares it; without_prompts: the
+    costs were there no prompt cache, where there is one."""
     load, data = costs.workload, recipe.data
     total, pairs = costs.all_flops_a_pair, load.pairs
     encoding = sum(costs.flops_a_pair(part) for part in (TOWER, VPG_, PROJECTOR))
@@ -76,6 +79,12 @@ def savings(recipe: TransferRecipe, costs: StageCosts, tower: Cost | None, is_en
             f"{data.views} stored view(s)" if cached else "data.vision_cache is off",
         )
     )  # fmt: skip
+    found.append(
+        Saving(
+            "prompt cache", without_prompts is not None, without_prompts.all_flops_a_pair if without_prompts else None,
+            f"data.prompt_cache is {data.prompt_cache}",
+        )
+    )  # fmt: skip
     return found
 
 
@@ -107,7 +116,7 @@ def switches(recipe: TransferRecipe, largest_rows: int, on_gpu: bool) -> list[Sw
     for tokens in (data.row_tokens // 2, data.row_tokens * 2):
         found.append(_data("row_tokens", tokens, ""))
     if largest_rows > 1 and largest_rows != data.rows_per_micro_batch:
-        found.append(_data("rows_per_micro_batch", largest_rows, "the largest that fits"))
+        found.append(_data("rows_per_micro_batch", largest_rows, "rows: the most that fit or that an update has"))
     found.append(_precision(recipe, on_gpu))
     return found
 

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data.features import FeatureSource, open_features
+from ..data.feature_cache import open_features
+from ..data.features import FeatureSource
 from ..data.packing import Group
 from ..models.vision import load_tower
 from ..models.vpg import VPG, save_parts

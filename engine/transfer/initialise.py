@@ -55,12 +55,13 @@ def build_model(
     """
     llm = load_language_model(recipe.target.llm, dtype)
     origins = Origins("", "", llm.path, tower.path)
-    vpg = _build_vpg(recipe, tower.width, origins)
+    vpg = build_vpg(recipe, tower.width, origins)
     projector = _build_projector(recipe, vpg, llm, origins, device, resumes)
     return VisionLanguageModel(vpg, projector, llm), origins
 
 
-def _build_vpg(recipe: TransferRecipe, image_width: int, origins: Origins) -> VPG:
+def build_vpg(recipe: TransferRecipe, image_width: int, origins: Origins) -> VPG:
+    """The VPG of a recipe before its first stage, on the CPU in float32; raises as `build_model`."""
     if recipe.initialise.vpg == "random":
         assert recipe.qformer is not None  # checked by the recipe
         origins.vpg = "random"

@@ -1,0 +1,12 @@
+#!/bin/sh
+# One machine, all of its GPUs:   recipes/launch/one_node.sh RECIPE.yaml [section.key=value ...]
+#   GPUS=4       fewer of them; on a machine without any, that many CPU processes
+#   RESTARTS=3   times that all processes are started again after one of them died; each time they go on from the last checkpoint
+# Ends with 0, with 2 for a mistake in the recipe, with 75 where a signal stopped it (run it again to go on), otherwise with 1.
+set -eu
+here=$(CDPATH= cd -- "$(dirname -- "$0")" && pwd)
+gpus=${GPUS:-$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)}
+# torchrun dies of signals that it is not told to hand on to its processes
+export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
+exec torchrun --nproc-per-node "${gpus:-1}" --rdzv-backend c10d --rdzv-endpoint localhost:0 --max-restarts "${RESTARTS:-3}" \
+	"$here/../../engine/train.py" "$@"

@@ -39,6 +39,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PHASES = ("start-up", "cache build", "update", "update", "checkpoint", "checkpoint", "evaluation", "final scoring")
 VICTIMS = ("one rank", "all", "all", "launcher")
 POLL_S = 0.001
+HEARTBEAT_S = 0.05
 LIFE_S = 300.0  # longer than any life may take
 COMPARED = ("last/model.safetensors", "model/model.safetensors", "captions.json", "answers.json")
 
@@ -115,6 +116,7 @@ def _write_recipe(world: Path, folder: Path, updates: int) -> None:
     for stage, share in zip(values["stages"], (0.25, 0.75), strict=True):
         stage |= {"pairs": int(share * pairs), "eval_every_pairs": pairs // 8}
     values["output"] |= {"cache": str(folder / "cache"), "checkpoint_every_pairs": 55, "keep_checkpoints": 2}
+    values["guards"] = {"heartbeat_s": HEARTBEAT_S}
     folder.mkdir(parents=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
 
@@ -192,7 +194,7 @@ def _trigger(phase: str, folder: Path, chance: random.Random) -> Callable[[], bo
         "cache build": lambda: any((folder / "cache").glob("**/*")),
         "checkpoint": lambda: any((run / "checkpoints").glob(".step-*")),
         "evaluation": lambda: "evaluation" in _phases(run),
-        "final scoring": lambda: (run / "last").is_dir() and "scoring" in _phases(run),
+        "final scoring": lambda: "final evaluation" in _phases(run),
     }
     delay, since = chance.uniform(0.0, 0.05), [0.0]
 
@@ -207,11 +209,11 @@ def _trigger(phase: str, folder: Path, chance: random.Random) -> Callable[[], bo
 def _phases(run: Path) -> str:
     """Where the ranks say that they are, in their heartbeats."""
     texts = []
-    for path in (run / "ranks").glob("*.json"):
-        try:
-            texts.append(path.read_text())
-        except OSError:
-            continue
+    for path in (run / "ranks").glob("rank-*.json"):
+        with contextlib.suppress(OSError, ValueError):
+            beat = json.loads(path.read_text())
+            if time.time() - beat["beat"] < 4 * HEARTBEAT_S:  # of this life
+                texts.append(beat["phase"])
     return " ".join(texts)
 
 

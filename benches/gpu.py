@@ -59,6 +59,7 @@ REHEARSAL = [
     "device=cpu", "stages.0.pairs=128", "stages.1.pairs=256", "stages.1.eval_every_pairs=128", "evaluation.generate_images=4",
     "evaluation.loss_images=10",
 ]  # fmt: skip
+SOURCE_REHEARSAL = ["stages.0.pairs=512", "stages.0.eval_every_pairs=256", "evaluation.generate_images=4"]
 # What the arms start from, in the order in which it is made: recipe under recipes/demo, command.
 WORLD = {
     "vision": ["pretrain", "vision"],
@@ -197,6 +198,8 @@ def _world(out: Path, deadline: float) -> dict[str, Any]:
     """The demo's parts. A training that was cut off goes on from its checkpoint; what has ended is noted under `out`, and not made again."""
     log, seconds = out / "world.log", {}
     commands = {"world": SCENES, **{name: [*kind, f"recipes/demo/{name}.yaml"] for name, kind in WORLD.items()}}
+    if not torch.cuda.is_available():
+        commands["source"] += SOURCE_REHEARSAL
     for name, command in commands.items():
         ended = out / "world" / name
         if ended.is_file() and (ROOT / "artifacts" / "demo" / name).is_dir():

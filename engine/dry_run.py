@@ -31,6 +31,7 @@ from .models.vlm import VisionLanguageModel
 from .models.vpg import VPG
 from .planning.costs import StageCosts, compute_setting, stage_costs
 from .planning.workload import SetShape, local_tokenizer, set_shape
+from .preflight import machine_problems
 from .recipe import WEIGHT_SUFFIXES, QFormerConfig, RecipeError, Stage, TransferRecipe, missing_files
 
 GIB = 2**30
@@ -320,4 +321,4 @@ def _absent(recipe: TransferRecipe) -> list[str]:
     files = [key for key, path in missing_files(recipe) if "${" not in str(path)]
     if files:
         lines.append(f"The run itself needs files that are not here: {', '.join(files)}.")
-    return lines
+    return lines + [f"This machine could not run it: {line}" for line in machine_problems(recipe)]

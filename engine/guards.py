@@ -31,7 +31,7 @@ from .recipe import TransferRecipe
 from .runlog import RunLog, console, wandb_unsupported_reason
 from .runtime import Runtime, start, stop
 from .spikes import LastUpdates, files
-from .startup import FolderLock, StartError, facts
+from .startup import FolderLock, StartError, end_with_the_launcher, facts
 
 NOTICED, FAILED = 1, 2
 # In these a notice waits for the end of the update; everywhere else it is followed at once.
@@ -56,12 +56,13 @@ def guarded(recipe: TransferRecipe) -> Iterator[tuple[Runtime, Guard]]:
     if recipe.output.wandb and (reason := wandb_unsupported_reason()):
         raise StartError(reason)
     notice = Notice()
-    notice.install()
     try:
         with deterministic_algorithms(recipe.guards.deterministic):
             runtime = start(
                 recipe.device, recipe.precision, recipe.threads, recipe.seed, recipe.guards.timeout_s, facts(recipe)
             )
+            notice.install()  # not before: a rank that waits for others to come hears nothing, and has nothing to save
+            end_with_the_launcher()
             try:
                 guard = Guard(recipe, runtime, notice)
                 try:

@@ -23,17 +23,24 @@ from .runlog import RunLog
 from .runtime import Runtime
 
 MEASURED: frozenset[str] = frozenset()  # none yet: no GPU has run them
+TRITON_ALONE = ("prefix_attention", "prompt_assembly", "linear_cross_entropy", "adamw_step")
 INEXACT = frozenset({"frozen_linear"})
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One operation in this run: whether it is on, whether it changes results beyond rounding, and why."""
+    """One switch of how an update is computed: whether it is on, whether it changes results beyond rounding, and why."""
 
     name: str
     on: bool
     exact: bool
     why: str
+    section: str = "kernels"
+
+    @property
+    def title(self) -> str:
+        """Of its row in the table of savings."""
+        return f"{self.section.removesuffix('s')}: {self.name.replace('_', ' ')}"
 
 
 def use_kernels(
@@ -93,6 +100,12 @@ def _use_attention(attention: str, llm: LanguageModel) -> Choice:
     if reason is not None:
         raise RecipeError(f"attention: expected auto or sdpa here, got {attention}: {reason}")
     return Choice("packed attention", True, True, f"attention is {attention}")
+
+
+def unsupported_kernels(asked: Kernels, device: torch.device) -> dict[str, str]:
+    """Operations asked for by name that cannot run on a kind of device, whatever the model: {name: why}."""
+    reasons = {name: triton_unsupported_reason(device) for name in TRITON_ALONE} | {"frozen_linear": fp8_reason(device)}
+    return {n: reason for n, reason in reasons.items() if reason is not None and getattr(asked, n) == "kernel"}
 
 
 def _prefix_attention_reason(llm: LanguageModel, device: torch.device) -> str | None:

@@ -18,13 +18,13 @@ import torch
 import yaml
 from torch import Tensor
 
-from . import outcome
+from . import cost, outcome
 from .back_ends import check_back_ends
 from .checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, trainable_tensors
 from .data.captioned import open_captioned, open_training
 from .data.coco import read_questions
 from .data.dealing import group_tokens
-from .data.feature_cache import open_features
+from .data.feature_cache import StoredPrompts, open_features
 from .data.features import FeatureSource
 from .data.ffcv_loader import FFCVFeatures, check_ffcv
 from .data.packing import Batch, Group, Position, Subset, TokenisedCaptions, UpdateOrder
@@ -43,9 +43,11 @@ from .models.vision import load_tower
 from .models.vlm import VisionLanguageModel
 from .notice import StoppedOnNotice
 from .optim import build_adamw, learning_rate, set_learning_rate, take_step
+from .preflight import check_attributes, check_machine, check_rows
 from .prompt_cache import stored_prompts
 from .recipe import ImageData, Stage, TransferRecipe, save_recipe
-from .runlog import RunLog, duration
+from .regions import use_regions
+from .runlog import RunLog
 from .runtime import Runtime
 from .transfer.initialise import Origins, build_model
 from .transfer.merge import norm_ratio, scale_
@@ -71,6 +73,7 @@ class Progress:
     position: dict[str, Any] | None = None
     unlogged: list[float] = field(default_factory=lambda: [0.0] * 3)
     watch: dict[str, Any] = field(default_factory=dict)
+    cost_seconds: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -90,6 +93,7 @@ class Run:
     validator: Validator
     watch: Watch
     progress: Progress
+    meter: cost.CostMeter
     fuses_adamw: bool = False
     guard: Guard | None = None
     unlogged: Tensor | None = None
@@ -101,6 +105,7 @@ def run(recipe: TransferRecipe) -> dict[str, Any]:
     Raises RecipeError, DataError, ModelError, CheckpointError, StartError (before any training), RunStopped (too many non-finite updates, a
     full disk, lost ranks) and StoppedOnNotice (SIGTERM or SIGUSR1; saved).
     """
+    check_machine(recipe)
     about_loader = check_ffcv(recipe.data) if recipe.data.loader == "ffcv" else None
     check_back_ends(recipe)
     with guarded(recipe) as (runtime, guard):
@@ -175,6 +180,9 @@ def _state(checkpoint: Path) -> dict[str, Any]:
 
 
 def _prepare(recipe: TransferRecipe, runtime: Runtime, log: RunLog, progress: Progress) -> Run:
+    meter = cost.CostMeter(runtime, progress.cost_seconds)
+    meter.peak_flops_s = cost.measured_peak(runtime.device, runtime.compute_dtype)
+    log.event("peak", step=progress.step, matmul_flops_s=meter.peak_flops_s)
     tower = load_tower(recipe.vision)
     model, origins = build_model(recipe, tower, runtime.compute_dtype, runtime.device, progress.step > 0)
     for path in dict.fromkeys(report.path for report in origins.loaded):
@@ -196,8 +204,14 @@ def _prepare(recipe: TransferRecipe, runtime: Runtime, log: RunLog, progress: Pr
     data, subsets, fixed = open_training(layout.train, opened)
     val_data = open_captioned(layout.val, model.llm, **opening, name=f"{layout.val.name}-val")
     outcome.report_refusals(log, recipe.output.folder, val_data)
+    check_rows([data, val_data], model.llm, model.queries, layout)
+    if recipe.evaluation.attributes:
+        check_attributes(val_data, recipe.evaluation.generate_images)
+    meter.rates = {s.name: cost.work_rates(model, tower, s, data, layout) for s in recipe.stages}
+    model.after_prompts = meter.prompts_made
     place(model, tower, recipe, runtime, log)
     choices = use_kernels(recipe.kernels, model, tower, runtime, log, recipe.attention)
+    choices += use_regions(recipe.step, model, tower, layout, runtime)
     common = {
         "seed": recipe.seed,
         "runtime": runtime,
@@ -221,8 +235,9 @@ def _prepare(recipe: TransferRecipe, runtime: Runtime, log: RunLog, progress: Pr
     outcome.print_savings(log, recipe, model, choices)
     watch = Watch(log, **progress.watch)
     _measure_converter(model, origins, features, len(data.ids), watch, log, recipe)
+    meter.lap(cost.START_UP)
     return Run(
-        recipe, runtime, log, model, origins, data, subsets, features, tower.image_size, tower.norm, validator, watch, progress,
+        recipe, runtime, log, model, origins, data, subsets, features, tower.image_size, tower.norm, validator, watch, progress, meter,
         fuses_adamw=any(c.on for c in choices if c.name == "adamw_step") and recipe.distribution.optimizer != "sharded",
     )  # fmt: skip
 
@@ -282,7 +297,8 @@ def _train_stage(this: Run, index: int, checkpoint: Path | None) -> None:
         )
         progress.unlogged = [0.0] * 3
     order = _order(this, stage)
-    total = stage.pairs or round(stage.epochs * order.epoch_pairs)
+    total = _stage_pairs(stage, order)
+    this.meter.stage_pairs = {s.name: _stage_pairs(s, _order(this, s)) for s in recipe.stages}
     log.say(outcome.freeze_table(this.model, this.origins, stage, order, total, recipe.stages))
     if not checkpoint:
         trainable = sum(p.numel() for p in tensors.values())
@@ -297,12 +313,15 @@ def _train_stage(this: Run, index: int, checkpoint: Path | None) -> None:
         )
         if index == 0:
             this.guard.at("evaluation")
+            this.meter.lap(cost.OTHER)
             _evaluate(this, index, stage)
+            this.meter.lap(cost.EVALUATION)
     with stored_prompts(this, stage, order, total):
         _loop(this, index, stage, order, optimizer, tensors, total)
     log.end_progress()
     progress.stage_done = True
     _save(this, optimizer)
+    this.meter.lap(cost.CHECKPOINTS)
     progress.stage, progress.stage_done = index + 1, False
 
 
@@ -321,6 +340,10 @@ def _order(this: Run, stage: Stage) -> UpdateOrder:
         position,
         this.recipe.data.order,
     )
+
+
+def _stage_pairs(stage: Stage, order: UpdateOrder) -> int:
+    return stage.pairs or round(stage.epochs * order.epoch_pairs)
 
 
 def _contiguous(subsets: list[Subset]) -> list[Subset]:
@@ -347,6 +370,7 @@ def _loop(
     if progress.evaluation_due and _evaluate_or_leave(this, index, stage, optimizer):
         return
     started = time.perf_counter()
+    this.meter.begin_stage(stage.name, progress.stage_pairs, progress.seconds, isinstance(this.features, StoredPrompts))
     stream = UpdateStream(
         order, _lengths(progress.stage_pairs, total, stage.batch_pairs),
         lambda groups: this.model.pack(
@@ -358,6 +382,7 @@ def _loop(
     reduction = GradientReduction(parameters, runtime) if runtime.world_size > 1 else None
     with contextlib.closing(stream), contextlib.closing(reduction) if reduction else contextlib.nullcontext():
         for update, batches in stream:
+            this.meter.lap(cost.WAITING)
             rate = learning_rate(
                 progress.stage_pairs, total, stage.learning_rate, schedule=stage.schedule, minimum=stage.min_learning_rate,
                 warmup=stage.warmup_pairs, warmup_start=stage.warmup_learning_rate,
@@ -377,15 +402,18 @@ def _loop(
             progress.position = update.position
             this.guard.record(progress.step, loss, norm, update.groups)
             is_last = progress.stage_pairs >= total
+            this.meter.lap(cost.OPTIMISER)
             if (
                 is_last or progress.step % recipe.output.log_every_updates == 0
             ):  # the only place that waits for the device
                 progress.seconds += time.perf_counter() - started
                 started = time.perf_counter()
                 _log_train(this, index, stage, losses, norm, skipped_in_a_row, rate, total)
+                this.meter.lap(cost.OTHER)
             if is_last or progress.stage_pairs >= next_eval:
                 progress.seconds += time.perf_counter() - started
                 enough = _evaluate_or_leave(this, index, stage, optimizer)
+                this.meter.lap(cost.EVALUATION)
                 next_eval = _next(progress.stage_pairs, stage.eval_every_pairs)
                 started = time.perf_counter()
                 if enough:
@@ -396,6 +424,7 @@ def _loop(
             if not is_last and progress.stage_pairs >= next_save:
                 progress.seconds += time.perf_counter() - started
                 _save(this, optimizer)
+                this.meter.lap(cost.CHECKPOINTS)
                 next_save = _next(progress.stage_pairs, recipe.output.checkpoint_every_pairs)
                 started = time.perf_counter()
             this.guard.after_update(lambda: _save(this, optimizer))
@@ -413,16 +442,19 @@ def _accumulate(
 ) -> Tensor:
     """Gradients of the mean loss of the whole update; returns that mean.  Every rank plans the same update and computes its share.
 
-    The mean is over the tokens of the update, or, with `loss_mean: micro_batch`, over its micro-batches' token means: those of all ranks that have
-    targets, so that it depends on the number of ranks, as in the authors' code.  Where captions of
-    unusable images are left out, which only the rank that reads them knows, the mean is over the tokens that remain.
+    The mean is over the tokens of the update, or, with `loss_mean: micro_batch`, over its micro-batches' token means: those of all ranks that
+    have targets, so that it depends on the number of ranks, as in the authors' code.  Where captions of unusable images are left out, which only
+    the rank that reads them knows, the mean is over the tokens that remain.
     """
     total = torch.zeros(2, dtype=parameters[0].dtype, device=this.runtime.device)  # sum of the losses, targets
     seed_update(this.recipe.seed, this.progress.step, this.runtime)
     if reduction:
         reduction.begin()
     for number, (batch, prepared) in enumerate(batches, 1):
+        this.meter.lap(cost.WAITING)
+        this.meter.count(batch, this.model.queries)
         features = this.features.finish(prepared)
+        this.meter.lap(cost.TOWER)
         with this.runtime.autocast():
             count = (
                 max(1, batch.target_count) * update.batch_count
@@ -430,13 +462,16 @@ def _accumulate(
                 else update.targets
             )
             loss = this.model.loss_sum(features, batch.to(this.runtime.device)) / count
+        this.meter.lap(cost.LANGUAGE_MODEL)
         total[0] += loss.detach()
         total[1] += batch.target_count
         if reduction and number == update.own_batches:
             reduction.last(total)
         loss.backward()
+        this.meter.lap(cost.BACKWARD)
     if reduction:
         total = reduction.finish()
+        this.meter.lap(cost.REDUCTION)
     if this.recipe.data.bad_images == "skip" and this.recipe.loss_mean == "global":
         planned_over_kept = update.targets / total[1].clamp(min=1)  # 1 where nothing was left out
         for parameter in parameters:
@@ -472,14 +507,14 @@ def _log_train(
     loss = loss_sum / max(counted, 1)
     speed = progress.pairs / max(progress.seconds, 1e-9)
     hours = progress.seconds * this.runtime.world_size / 3600
+    live = this.meter.live(progress.stage_pairs, progress.seconds)
     log.event(
         "train", stage=stage.name, step=progress.step, pairs=progress.pairs, seconds=progress.seconds, loss=loss, learning_rate=rate,
-        grad_norm=grad_norm, pairs_per_s=speed, gpu_hours=hours,
+        grad_norm=grad_norm, pairs_per_s=speed, gpu_hours=hours, **live,
     )  # fmt: skip
-    to_go = (total - progress.stage_pairs) / max(speed, 1e-9)
     log.progress(
         f"{this.recipe.arm} {stage.name}", progress.stage_pairs, total,
-        f"{progress.pairs:,} pairs  {speed:.0f} pairs/s  loss {loss:.3f}  ETA {duration(to_go)}  {hours:.3f} device-hours",
+        f"{progress.pairs:,} pairs  {speed:.0f} pairs/s  loss {loss:.3f}  {outcome.live_line(live, hours, this.runtime.world_size)}",
     )  # fmt: skip
     this.watch.train_loss(index, loss, progress.step, rate)
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from torch import nn
 
-from ..kernels.image_decode import image_decode_unsupported_reason
 from .checkpoint import write_json
+from .cost import EVALUATION, cost_table
 from .data.packing import UpdateOrder
 from .data.prompts import CAPTION_PROMPT, vqa_prompt
 from .data.token_table import TokenTable
@@ -19,9 +19,9 @@ from .kernel_choice import Choice
 from .models.opening import read_projector, read_vpg
 from .models.vlm import VisionLanguageModel
 from .models.vpg import save_parts
-from .prompt_cache import prompt_cache_rows
 from .recipe import Stage, TransferRecipe
 from .runlog import RunLog, duration
+from .savings import savings
 from .scoring.record import result_record
 from .transfer.converter import ConverterReport
 from .transfer.initialise import Origins
@@ -86,46 +86,23 @@ def converter_table(report: ConverterReport, before: float | None = None, after:
     return table
 
 
-def print_savings(log: RunLog, recipe: TransferRecipe, model: VisionLanguageModel, kernels: list[Choice]) -> None:
+def print_savings(log: RunLog, recipe: TransferRecipe, model: VisionLanguageModel, choices: list[Choice]) -> None:
     """The start-up table of savings: on or off, exact or not, why."""
-    data = recipe.data
-    grouped = data.captions_per_image != 1
-    dropout = model.vpg.config.dropout
-    cached = data.vision_cache
-    augmented = data.transform == "train"
-    decoder_missing = image_decode_unsupported_reason()
-    rows = [
-        (
-            "one image, one encoding",
-            grouped,
-            dropout == 0 and not augmented,
-            f"captions_per_image={data.captions_per_image}; dropout and view are shared by the group",
-        ),
-        ("shared visual prefix", grouped, True, "one prefix a group; each caption sees it and itself"),
-        ("no padding", True, True, f"rows of {data.row_tokens} tokens, best fit"),
-        ("only supervised positions reach the head", True, True, "always on"),
-        (
-            "vision cache",
-            cached,
-            not augmented and data.cache_precision == "compute",
-            f"{data.views} stored view(s), {data.cache_precision} precision" if cached else "data.vision_cache is off",
-        ),
-        *prompt_cache_rows(recipe),
-        (
-            "scaled JPEG decoding",
-            data.decode == "fast" and decoder_missing is None,
-            False,
-            f"data.decode is {data.decode}"
-            + (f"; {decoder_missing}" if data.decode == "fast" and decoder_missing else ""),
-        ),
-        *((f"kernel: {choice.name.replace('_', ' ')}", choice.on, choice.exact, choice.why) for choice in kernels),
-    ]
     table = Table(title="savings", title_justify="left")
     for column in ("saving", "on", "exact", "why"):
         table.add_column(column)
-    for name, on, exact, why in rows:
-        table.add_row(name, "on" if on else "off", ("yes" if exact else "no") if on else "-", why)
+    for row in savings(recipe, model, choices):
+        table.add_row(row.name, "on" if row.on else "off", ("yes" if row.exact else "no") if row.on else "-", row.why)
     log.say(table)
+
+
+def live_line(live: dict[str, float], hours: float, devices: int) -> str:
+    """The cost part of a progress line: what `CostMeter.live` returned, and device-hours so far."""
+    to_go = live["gpu_hours_to_go"]
+    return (
+        f"{live['tokens_per_s']:,.0f} tokens/s  {live['flop_utilisation']:.0%} of peak  waiting {live['waiting_share']:.0%}  "
+        f"ETA {duration(3600 * to_go / devices)}  {hours:.3f} + {to_go:.3f} device-hours"
+    )
 
 
 def report_refusals(log: RunLog, folder: Path, captions: TokenTable) -> None:
@@ -184,13 +161,16 @@ def finish(this: Run) -> dict[str, Any]:
             write_json(folder / "captions.json", captions)
             write_json(folder / "answers.json", answers)
             write_json(folder / "samples.json", _samples(this, captions))
+    best_loss = this.validator.loss(this.model)
+    this.meter.lap(EVALUATION)
+    breakdown = this.meter.breakdown()
     summary = {
         "name": recipe.name, "arm": recipe.arm, "seed": recipe.seed, "device": this.runtime.describe(), "time": now(),
-        "best_val_loss": this.validator.loss(this.model), "best_val_pairs": progress.best_pairs, "final_val_loss": final_loss,
+        "best_val_loss": best_loss, "best_val_pairs": progress.best_pairs, "final_val_loss": final_loss,
         "selected_by": recipe.evaluation.select, "pairs": progress.pairs, "updates": progress.step, "seconds": progress.seconds,
         "gpu_hours": progress.seconds * this.runtime.world_size / 3600, "skipped_updates": progress.skipped,
         "bad_images": len(progress.bad_images),
-        "stages": [s.name for s in recipe.stages], **scores,
+        "stages": [s.name for s in recipe.stages], "cost": breakdown, **scores,
         **_measured_with(this, folder / "model"),
     }  # fmt: skip
     log.event(
@@ -198,6 +178,7 @@ def finish(this: Run) -> dict[str, Any]:
     )
     if this.runtime.is_main:
         write_json(folder / "summary.json", summary)
+    log.say(cost_table(breakdown, this.runtime.world_size))
     shown = "  ".join(f"{k} {v:.3f}" for k, v in scores.items())
     log.say(
         f"{recipe.name}: validation loss {final_loss:.4f} (best {summary['best_val_loss']:.4f} at {progress.best_pairs:,} pairs)  {shown}"

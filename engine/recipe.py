@@ -442,7 +442,7 @@ class Guards(_Section):
     deterministic: bool = Field(
         False,
         description="only algorithms that give the same bits every time; without it two runs on the CPU with one thread agree anyway, on a GPU "
-        "they may not",
+        "they may not. Its cost on the CPU cannot be told from noise (demo: 0.96 to 1.02 of the processor time); on a GPU it was not measured",
     )
     timeout_s: Positive = Field(600, description="of a collective, after which a run names where each rank stands")
     heartbeat_s: Rate = Field(5.0, description="how often each rank writes where it is into output.folder/ranks/")
@@ -500,6 +500,17 @@ class Kernels(_Section):
     )
 
 
+class Step(_Section):
+    """How an update is executed, the same result within rounding; auto: where it was measured to pay (nowhere yet, benches/LOG.md)."""
+
+    compile: Literal["auto"] | bool = Field(
+        "auto", description="blocks of tower, Q-Former and language model through torch.compile"
+    )
+    cuda_graphs: Literal["auto"] | bool = Field(
+        "auto", description="the language model's pass over full micro-batches of packed rows, captured (CUDA only)"
+    )
+
+
 class Distribution(_Section):
     """What each rank of a run with several keeps; on one process nothing changes.  Any setting may differ from that of the run that is resumed."""
 
@@ -543,6 +554,7 @@ class TransferRecipe(_Recipe):
     )
     evaluation: Evaluation = Evaluation()
     kernels: Kernels = Kernels()
+    step: Step = Step()
     guards: Guards = Guards()
     distribution: Distribution = Distribution()
     attention: Literal["auto", "sdpa", "flex", "flash", "xformers"] = Field(
@@ -559,6 +571,11 @@ class TransferRecipe(_Recipe):
             raise ValueError(
                 f"attention, kernels.prefix_attention: expected at most one of the two to be named, got {self.attention!r} and {kernel!r}; set one "
                 "to auto"
+            )
+        if self.step.cuda_graphs is True and self.attention not in ("auto", "sdpa"):
+            raise ValueError(
+                f"attention, step.cuda_graphs: expected auto or sdpa with captured graphs, because other layouts of rows have another shape every "
+                f"micro-batch, got {self.attention!r} and true; set one to auto"
             )
         for index, stage in enumerate(self.stages):
             if stage.optimizer.implementation == "apex" and self.kernels.adamw_step == "kernel":

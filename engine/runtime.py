@@ -106,16 +106,22 @@ def start(
 def _join(backend: str, rank: int, world_size: int, timeout_s: float, same: dict[str, str]) -> None:
     """Meet the other ranks, compare what they were started with, and make the process group."""
     timeout = timedelta(seconds=timeout_s)
+    # torchrun keeps one store over its restarts, with the addresses of ranks that are gone.
+    attempt = f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     try:
         store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
-    except (dist.DistError, RuntimeError, ValueError) as error:
+        store.set_timeout(timeout)
+        own = dist.PrefixStore(attempt, store)
+        compare_ranks(dist.PrefixStore("vpgtrans", own), rank, world_size, same, timeout_s)
+        group_store = dist.PrefixStore("default_pg", own)
+        dist.init_process_group(backend, store=group_store, rank=rank, world_size=world_size, timeout=timeout)
+    except StartError:
+        raise
+    except (RuntimeError, ValueError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise StartError(
             f"rank {rank}: expected to meet {world_size} ranks at {where} within {timeout_s:g} s: {str(error).splitlines()[0]}"
         ) from error
-    compare_ranks(dist.PrefixStore("vpgtrans", store), rank, world_size, same, timeout_s)
-    group_store = dist.PrefixStore("default_pg", store)
-    dist.init_process_group(backend, store=group_store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def stop() -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import hashlib
 import json
 import os
+import signal
 import socket
+import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -21,6 +24,7 @@ from .recipe import Recipe
 
 NEEDED_BY_RANKS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 GRACE_S = 15.0
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 class StartError(ValueError):
@@ -52,6 +56,18 @@ def read_world() -> tuple[int, int, int]:
             f"environment: expected RANK from 0 to WORLD_SIZE - 1, got RANK={rank}, WORLD_SIZE={world_size}"
         )
     return world_size, rank, local_rank
+
+
+def end_with_the_launcher() -> None:
+    """Have the kernel send SIGTERM where torchrun dies: a rank that it left behind would go on beside those that are started next.
+
+    Only under torchrun and on Linux; elsewhere nothing happens.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() == 1:  # it died before
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _number(name: str, default: int) -> int:

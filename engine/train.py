@@ -24,13 +24,15 @@ if __package__ in (
     if __name__ == "__main__":
         sys.exit(main())
 
-from .recipe import RecipeError, load_recipe
+from .recipe import RecipeError, TransferRecipe, load_recipe
 
+INTERRUPTED = 130  # as shells have it: 128 + SIGINT
 USAGE = "usage: train.py RECIPE.yaml [section.key=value ...] [--dry-run]"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0, 2 for a recipe or data error (one message), 1 for a run that had to stop, 75 for one that a scheduler asked to."""
+    """Exit code 0, 2 for a recipe or data error (one message), 1 for a run that had to stop, 75 for one that a scheduler asked to, 130 after
+    Ctrl-C."""
     given = sys.argv[1:] if argv is None else argv
     dry = "--dry-run" in given
     arguments = [a for a in given if a != "--dry-run"]
@@ -44,6 +46,14 @@ def main(argv: list[str] | None = None) -> int:
     except RecipeError as error:
         print(f"recipe error: {error}", file=sys.stderr)
         return 2
+    try:
+        return _run(recipe, dry)
+    except KeyboardInterrupt:
+        print(_interrupted(recipe, dry), file=sys.stderr)
+        return INTERRUPTED
+
+
+def _run(recipe: TransferRecipe, dry: bool) -> int:
     from .checkpoint import CheckpointError
     from .data.coco import DataError
     from .data.images import ImageRefused
@@ -51,6 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     from .loop import run
     from .models.llm import ModelError
     from .notice import EXIT_CODE, StoppedOnNotice
+    from .out_of_memory import explain, shortage
     from .startup import StartError
 
     try:
@@ -78,7 +89,25 @@ def main(argv: list[str] | None = None) -> int:
         if not error.quiet:
             print(f"stopped {error}", file=sys.stderr)
         return EXIT_CODE
-    return 0
+    except (RuntimeError, MemoryError) as error:
+        found = shortage(error)
+        if found is None:
+            raise
+    else:
+        return 0
+    # Out here the error is gone, and with it the frames that held the run's tensors.
+    print(f"stopped: {explain(recipe, found)}", file=sys.stderr)
+    return 1
+
+
+def _interrupted(recipe: TransferRecipe, dry: bool) -> str:
+    """The one line after Ctrl-C."""
+    if dry:
+        return "interrupted"
+    from .checkpoint import latest_checkpoint
+
+    found = latest_checkpoint(recipe.output.folder / "checkpoints")[0]
+    return f"interrupted; the same command goes on from {found}" if found else "interrupted; there is no checkpoint yet"
 
 
 if __name__ == "__main__":

@@ -21,13 +21,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from vpgtrans.engine import loop
+from vpgtrans.engine import guards, loop
 from vpgtrans.engine.train import main
 
 
 def in_double_precision() -> None:
     """From here on runs compute in float64 and keep their master weights in it."""
-    start, build_model = loop.start, loop.build_model
+    start, build_model = guards.start, loop.build_model
 
     def build_in_double(*arguments, **settings):
         model, origins = build_model(*arguments, **settings)
@@ -35,7 +35,7 @@ def in_double_precision() -> None:
             origins.source_projector.double()
         return model.double(), origins
 
-    loop.start = lambda *arguments: replace(start(*arguments), compute_dtype=torch.float64)
+    guards.start = lambda *a, **k: replace(start(*a, **k), compute_dtype=torch.float64)
     loop.build_model = build_in_double
 
 

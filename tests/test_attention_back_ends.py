@@ -6,6 +6,7 @@ flash-attn and xformers attend on GPUs only; where they cannot run, their layout
 from __future__ import annotations
 
 import importlib.util
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from transformers import MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM, T5Config
 
-from vpgtrans.engine import back_ends
+from vpgtrans.engine import back_ends, regions
 from vpgtrans.engine.data.packing import CaptionData, Group, pack_update
 from vpgtrans.engine.kernel_choice import use_kernels
 from vpgtrans.engine.loop import run
@@ -29,8 +30,8 @@ from vpgtrans.engine.models.attention_back_ends import (
     xformers_bias,
 )
 from vpgtrans.engine.models.causal import CausalLanguageModel
-from vpgtrans.engine.recipe import Kernels, RecipeError, load_recipe
-from vpgtrans.engine.runtime import start, stop
+from vpgtrans.engine.recipe import Kernels, RecipeError, Step, load_recipe
+from vpgtrans.engine.runtime import Runtime, start, stop
 from vpgtrans.kernels.checks import assert_within_budget
 from vpgtrans.kernels.prefix_attention import dense_mask, reference_prefix_attention
 
@@ -179,9 +180,9 @@ def language_model(family, make_llm, tokenizer) -> CausalLanguageModel:
     return CausalLanguageModel(made, tokenizer, f"tiny-{family}")
 
 
-def loss_and_gradient(llm, batch):
+def loss_and_gradient(llm, batch, device="cpu"):
     prompts = torch.randn(len(batch.groups), QUERIES, llm.hidden_width, generator=torch.Generator().manual_seed(0))
-    prompts.requires_grad_(torch.is_grad_enabled())
+    prompts = prompts.to(device).requires_grad_(torch.is_grad_enabled())
     loss = llm.loss_sum(prompts, batch)
     return (loss, torch.autograd.grad(loss, prompts)[0]) if torch.is_grad_enabled() else (loss,)
 
@@ -213,6 +214,22 @@ def test_unpacked_rows_inside_a_model(family, make_llm, word_tokenizer, sdpa_for
         assert torch.allclose(value, exact, rtol=2e-5, atol=2e-5)
     moved = loss_and_gradient(llm, batch.to(torch.device("cpu")))
     assert torch.equal(moved[0], got[0])
+
+
+@pytest.mark.parametrize("back_end", ["flex", "flash", "xformers"])
+def test_the_real_thing_inside_a_model_on_a_gpu(back_end, make_llm):
+    """Loss and gradient of the soft prompts in bf16 against float64, no worse than twice what sdpa behind the dense mask does."""
+    if reason := back_end_unsupported_reason(back_end, DEVICE, torch.bfloat16):
+        pytest.skip(reason)
+    llm = make_llm("llama", width=128)
+    batch = packed([[4, 5, 3], [2, 6]], 16).to(DEVICE)
+    llm.to(DEVICE, torch.float64)
+    exact = loss_and_gradient(llm, batch, DEVICE)
+    llm.to(torch.bfloat16)
+    plain = loss_and_gradient(llm, batch, DEVICE)
+    llm.use_back_end(back_end)
+    for name, *values in zip(("loss", "gradient"), loss_and_gradient(llm, batch, DEVICE), exact, plain, strict=True):
+        assert_within_budget(name, *(value.detach() for value in values))
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
@@ -317,13 +334,35 @@ def test_a_kernel_and_a_back_end_are_not_both_asked_for(tiny_recipe):
         load_recipe(tiny_recipe, ["attention=fast"])
 
 
+def test_rows_of_changing_shape_are_neither_captured_nor_compiled(
+    tiny_recipe, make_llm, make_vlm, sdpa_for_flash, monkeypatch
+):
+    with pytest.raises(RecipeError, match=r"attention, step\.cuda_graphs: .* got 'flash' and true"):
+        load_recipe(tiny_recipe, ["attention=flash", "step.cuda_graphs=true"])
+    model, compiled = make_vlm(make_llm("llama")), []
+    monkeypatch.setattr(regions, "compile_blocks", lambda part, backend: compiled.append(part))
+    monkeypatch.setattr(regions, "graphs_unsupported_reason", lambda device: None)
+    tower, layout = SimpleNamespace(module=torch.nn.Sequential()), SimpleNamespace(rows_per_micro_batch=2)
+    runtime = Runtime(torch.device("cpu"), torch.float32, 0, 1)
+    regions.use_regions(Step(compile=True), model, tower, layout, runtime)
+    assert compiled == [tower.module, model.vpg.qformer, model.llm.model]
+    model.llm.use_back_end("flash")
+    compiled.clear()
+    regions.use_regions(Step(compile=True), model, tower, layout, runtime)
+    assert compiled == [tower.module, model.vpg.qformer]
+    with pytest.raises(RecipeError, match=r"step\.cuda_graphs: .* attention is flash, whose layout"):
+        regions.use_regions(Step(cuda_graphs=True), model, tower, layout, runtime)
+
+
 def test_what_the_savings_table_says(make_llm, make_vlm, sdpa_for_flash):
     runtime = start("cpu", "fp32", 1, 0)
     try:
         found = {c.name: c for c in use_kernels(Kernels(), make_vlm(make_llm("llama")), None, runtime, None, "flash")}
         assert found["packed attention"].on and found["packed attention"].why == "attention is flash"
         assert not found["prefix_attention"].on and "is torch" in found["prefix_attention"].why
-        assert "packed attention" not in {c.name for c in use_kernels(Kernels(), make_vlm(make_llm("opt")), None, runtime, None)}
+        assert "packed attention" not in {
+            c.name for c in use_kernels(Kernels(), make_vlm(make_llm("opt")), None, runtime, None)
+        }
         llm = make_llm("llama")
         llm.model.config._attn_implementation = "eager"
         with pytest.raises(RecipeError, match="attends by eager"):

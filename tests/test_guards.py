@@ -440,6 +440,9 @@ def test_a_rank_that_stands_still_is_named(tiny_recipe, start_ranks, tmp_path):
         2, [str(tiny_recipe), *QUICK, "guards.timeout_s=6", "guards.heartbeat_s=0.5", "stages.0.pairs=6600"]
     )
     wait_for_update(folder, 4, ranks)
+    beat = folder / "ranks" / "rank-00001.json"
+    while '"phase": "update"' not in beat.read_text() and ranks[1].is_alive():
+        time.sleep(0.01)
     os.kill(ranks[1].pid, signal.SIGSTOP)
     ranks[0].join(60)
     assert ranks[0].exitcode == 1
@@ -470,3 +473,23 @@ def test_resumed_on_another_number_of_ranks_the_curve_goes_on(tiny_recipe, start
         curves = [[(e["step"], e[key]) for e in events(tmp_path / name, kind)] for name in ("one", "elastic")]
         assert [s for s, _ in curves[0]] == [s for s, _ in curves[1]]
         assert [x for _, x in curves[1]] == pytest.approx([x for _, x in curves[0]], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_torchrun_starts_all_ranks_again_after_one_was_killed(tiny_recipe, tmp_path):
+    """`--max-restarts`: the run goes on from its newest checkpoint and ends as the undisturbed one."""
+    train = Path(loop.__file__).with_name("train.py")
+    command = [
+        *(str(Path(sys.executable).with_name("torchrun")), "--nproc-per-node", "2", "--max-restarts", "1", str(train)),
+        *(str(tiny_recipe), *QUICK, "stages.1.pairs=330"),
+    ]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert subprocess.run([*command, f"output.folder={whole}"], capture_output=True, check=False).returncode == 0
+    with (tmp_path / "said.txt").open("w") as said:
+        launcher = subprocess.Popen([*command, f"output.folder={killed}"], stdout=said, stderr=said)
+        while not (killed / "checkpoints" / "step-00000010").is_dir() and launcher.poll() is None:
+            time.sleep(0.01)
+        os.kill(json.loads((killed / "ranks" / "rank-00001.json").read_text())["pid"], signal.SIGKILL)
+        assert launcher.wait(timeout=300) == 0, (tmp_path / "said.txt").read_text()[-3000:]
+    assert "resumed at update" in (tmp_path / "said.txt").read_text()
+    assert_same_end(whole, killed)

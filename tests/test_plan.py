@@ -347,6 +347,7 @@ def test_bill_and_switches_of_one_recipe(capsys):
     # 113,287 images once, 257 tokens of width 1,024 in bf16; ten epochs pay for building it.
     cache = by_setting["data.vision_cache=true data.transform=eval"]
     assert cache["saves_gpu_hours"] > 0 and cache["disk_bytes"] == 113_287 * 257 * 1024 * 2
+    assert found["disk"]["prompt_cache_bytes"] == 113_287 * 32 * 768 * 2
     other = plan_recipe(
         recipe_of("table3/opt_125m_to_350m", "data.row_tokens=256", "data.captions_per_image=1"),
         "a100-40g",
@@ -364,7 +365,7 @@ def test_table_shows_everything(capsys):
         "50% of the peaks",
         "language model (opt)",
         "activations kept",
-        "largest that fits",
+        "largest rows_per_micro_batch that fits",
         "GFLOP a pair",
         "savings in direct",
         "the bill",
@@ -456,3 +457,31 @@ def test_rows_without_room_are_none():
     device = devices.find_device("4090", torch.bfloat16)
     assert largest_micro_batch(costs, 24e9, device, 8) == 0
     assert largest_micro_batch(costs, 4e9, device, 8) > largest_micro_batch(costs, 12e9, device, 8) > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "spared"),
+    [
+        ({"prompt_cache": "auto"}, 0.9),
+        ({"prompt_cache": "auto", "vision_cache": True}, 0.9),
+        ({"prompt_cache": False}, 0.0),
+        ({"prompt_cache": "auto", "transform": "train"}, 0.0),
+    ],
+)
+def test_the_prompt_cache_spares_tower_and_qformer(tiny_recipe, settings, spared):
+    """Ten epochs over 24 images with 5 captions: nine tenths of what the first stage would compute before the projector, nothing later."""
+    stages = ["stages.0.pairs=1200", "data.captions_per_image=all", "data.transform=eval"]
+    given = [f"data.{key}={value}" for key, value in settings.items()]
+    plans = [
+        plan_recipe(load_recipe(tiny_recipe, [*stages, *more]), "h200", 1, with_switches=False)
+        for more in (["data.prompt_cache=false", *given[1:]], [*given[1:], given[0]])
+    ]
+    parts = [[s["parts"] for s in plan["stages"]] for plan in plans]
+    for part in ("vision tower, forward", "Q-Former"):
+        without, with_ = (p[0][part]["flops_a_pair"] for p in parts)
+        assert with_ == pytest.approx((1 - spared) * without)
+        assert parts[0][1][part]["flops_a_pair"] == parts[1][1][part]["flops_a_pair"]
+    on = next(s for s in plans[1]["stages"][0]["savings"] if s["name"] == "prompt cache")
+    assert on["on"] == (spared > 0) and plans[1]["disk"]["prompt_cache"] == (spared > 0)
+    if spared:
+        assert on["flops_a_pair_without"] == pytest.approx(plans[0]["stages"][0]["flops_a_pair"])

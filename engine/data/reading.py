@@ -19,6 +19,7 @@ from .images import ImageRefused, check_image, read_header
 
 VerifyImages = Literal["none", "header", "full"]
 
+READ_BYTES = 16 << 20
 JSON_BYTES_LIMIT = 4 << 30  # after decompression; a small gzip file can hold any amount of zeros
 NAMED_PER_REASON = 1000  # counts stay exact beyond it, names stop
 _GZIP_MAGIC = b"\x1f\x8b"
@@ -135,7 +136,9 @@ def _read_bytes(name: str, expected: str) -> bytes:
             is_gzip = plain.read(2) == _GZIP_MAGIC
             plain.seek(0)
             with gzip.GzipFile(fileobj=plain) if is_gzip else plain as stream:
-                data = stream.read(JSON_BYTES_LIMIT + 1)
+                data = bytearray()  # by pieces: a read of n bytes reserves n, and the limit is 4 GiB
+                while len(data) <= JSON_BYTES_LIMIT and (piece := stream.read(READ_BYTES)):
+                    data += piece
     except FileNotFoundError as error:
         raise DataError(
             f"{name}: no such file; expected JSON with {expected}; check the path in the recipe (relative paths "
@@ -150,7 +153,7 @@ def _read_bytes(name: str, expected: str) -> bytes:
         raise DataError(f"{name}: more than {JSON_BYTES_LIMIT:,} bytes of JSON; split it into several sets")
     if not data.strip():
         raise DataError(f"{name}: empty file; expected JSON with {expected}; write or download it again")
-    return data
+    return bytes(data)
 
 
 def list_under(value: Any, key: str, name: str, expected: str) -> list[Any]:

@@ -88,6 +88,15 @@ class TokenTable(CaptionCounts):
     def pair_count(self) -> int:
         return self.about["captions"]
 
+    @property
+    def longest_caption(self) -> int:
+        """Tokens of the longest caption; reads 8 bytes a caption."""
+        longest = 0
+        for at in range(0, self.pair_count, _COUNTED_AT_ONCE):
+            edge = self._tokens_before[at : min(at + _COUNTED_AT_ONCE, self.pair_count) + 1]
+            longest = max(longest, int(np.diff(edge).max()))
+        return longest
+
     def pairs(self, start: int, stop: int, limit: int | None) -> int:
         """Pairs of images `start` to `stop` with at most `limit` captions each; O(1) without a limit and for the whole set."""
         if limit is None:

@@ -4,8 +4,9 @@ torch's `fully_shard` does the gathering, on a stream of its own.  A block is sh
 nothing is ever reduced.  Blocks are the members of a model's module lists; what stands outside them stays whole on each rank: the word embedding
 and the head, which losses and generation read on their own, patch embeddings and last norms.
 
-Bytes of B bytes of blocks on N ranks: B / N kept, and gathered twice a micro-batch (forward, backward), (N - 1) / N x B received each time; at most
-1 + `prefetch_blocks` whole blocks at a time in the forward pass, and as many in the backward pass.
+B bytes of blocks on N ranks: B / N kept; a rank receives (N - 1) / N x B at each pass, of which a micro-batch has two (the tower one: it has no
+backward pass); 1 + `prefetch_blocks` blocks are whole at a time.  FP8 linears (kernels/quantise_frozen.py) are not sharded: they keep each matrix
+twice, once a direction, so that a gather of both would move as many bytes as bfloat16.
 """
 
 from __future__ import annotations

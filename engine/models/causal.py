@@ -14,7 +14,7 @@ attention interface (attention.py).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -60,6 +60,8 @@ class CausalLanguageModel(LanguageModel):
     """A frozen decoder-only language model."""
 
     assembles_prompts = False  # whether `kernels.prompt_assembly` puts words and soft prompts together
+    graphed: Callable[..., Any] | None = None  # the base model captured in a CUDA graph, for `graphed_rows` rows (regions.py)
+    graphed_rows = 0
     back_end: BackEnd | None = None  # of packed attention, where it is neither sdpa nor the kernels
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str = ""):
@@ -76,7 +78,11 @@ class CausalLanguageModel(LanguageModel):
             mask = torch.zeros(mask.shape, dtype=inputs.dtype, device=mask.device).masked_fill_(
                 ~mask, torch.finfo(inputs.dtype).min
             )
-        return self.model.base_model(
+        run = self.model.base_model
+        if self.graphed is not None and inputs.shape[0] == self.graphed_rows and torch.is_grad_enabled():
+            torch.compiler.cudagraph_mark_step_begin()  # the last micro-batch's outputs are done with
+            run = self.graphed
+        return run(
             inputs_embeds=inputs, position_ids=positions, attention_mask=mask, use_cache=False, **more
         ).last_hidden_state
 

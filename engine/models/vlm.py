@@ -6,7 +6,8 @@ target count is the loop's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,9 @@ from .vpg import VPG, VPGOutput
 class VisionLanguageModel(nn.Module):
     """VPG and projector train (or not, by stage); the language model never does.  The tower lives with the data (data/features.py)."""
 
+    after_prompts: Callable[[], None] | None = None  # called between soft prompts and language model: a clock's lap (cost.py)
+
+    has_compiled_blocks = False
     projects_into_rows = (
         False  # whether `kernels.projector_converter` writes soft prompts where the language model reads them
     )
@@ -65,10 +69,18 @@ class VisionLanguageModel(nn.Module):
         """features (groups, N, image width) of `batch.groups` -> scalar, float32 or wider, summed over `batch.target_count` targets."""
         if self.projects_into_rows:
             assert isinstance(self.llm, CausalLanguageModel)
-            return self.llm.loss_sum(self._visual(features), batch, self.projector)
-        return self.llm.loss_sum(self.soft_prompts(features), batch)
+            visual = self._visual(features)
+            if self.after_prompts is not None:
+                self.after_prompts()
+            return self.llm.loss_sum(visual, batch, self.projector)
+        prompts = self.soft_prompts(features)
+        if self.after_prompts is not None:
+            self.after_prompts()
+        return self.llm.loss_sum(prompts, batch)
 
     @torch.no_grad()
     def generate(self, features: Tensor, prompts: Sequence[str], settings: Generation) -> list[str]:
         """One answer an image: features (B, N, image width), prompts B strings ("" for a caption) -> B strings."""
-        return self.llm.generate(self.soft_prompts(features), prompts, settings)
+        # Compiled blocks would be compiled again for every length and for the cache of keys and values.
+        with torch.compiler.set_stance("force_eager") if self.has_compiled_blocks else contextlib.nullcontext():
+            return self.llm.generate(self.soft_prompts(features), prompts, settings)

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ..runlog import duration
 from .options import check_options, parser
 
 MODEL_OF_TIME = (
@@ -94,6 +95,13 @@ def _table(console: Console, title: str, columns: tuple[str, ...], rows: list[tu
     console.print(table)
 
 
+def short_hours(hours: float, sign: str = "") -> str:
+    """Two decimals; where those would say nothing, minutes or seconds with their unit."""
+    if abs(hours) >= 0.1 or hours == 0:
+        return f"{hours:{sign}.2f}"
+    return f"{60 * hours:{sign}.1f} min" if abs(hours) >= 1 / 60 else f"{3600 * hours:{sign}.1f} s"
+
+
 def _giga(flops: float | None) -> str:
     return "-" if flops is None else f"{flops / 1e9:,.3g}" if flops < 1e11 else f"{flops / 1e9:,.0f}"
 
@@ -107,7 +115,7 @@ def _memory(console: Console, found: dict[str, Any]) -> None:
     stages = found["stages"]
     rows = [(name, *(f"{s['memory_bytes'][name] / 2**30:.2f}" for s in stages)) for name in stages[0]["memory_bytes"]]
     rows.append(("rows_per_micro_batch of the recipe", *(f"{s['rows_per_micro_batch']}" for s in stages)))
-    rows.append(("largest that fits", *(f"{s['largest_rows_per_micro_batch']}" for s in stages)))
+    rows.append(("largest rows_per_micro_batch that fits", *(f"{s['largest_rows_per_micro_batch']}" for s in stages)))
     rows.append(("rows of an update a GPU", *(f"{s['rows_an_update_and_gpu']:.1f}" for s in stages)))
     _table(console, "memory of one GPU, GiB", ("part", *(s["name"] for s in stages)), rows)
     for stage in stages:
@@ -148,18 +156,18 @@ def _bill(console: Console, found: dict[str, Any]) -> None:
             if s["idle_share"] > 0.05
             else "",
             "issuing operations decides, not the GPU" if s["issuing_decides"] else "",
-            f"{s['cache_build_s'] / 3600:.2f} h to build the vision cache" if s["cache_build_s"] else "",
+            f"{duration(s['cache_build_s'])} to build the vision cache" if s["cache_build_s"] else "",
             f"decoding asks for {s['decoding_cores']:.1f} cores" if s["decoding_cores"] >= 0.05 else "",
         ]
         money = "-" if s["money"] is None else f"{s['money']:,.2f}"
         rows.append(
             (
                 s["name"], f"{s['pairs']:,}", f"{s['exaflops']:.3g}", f"{s['pairs_per_s']:,.0f}", f"{s['pairs_per_s_per_gpu']:,.0f}", use,
-                f"{s['hours']:.2f}", f"{s['gpu_hours']:.2f}", money, "; ".join(w for w in said if w),
+                short_hours(s["hours"]), short_hours(s["gpu_hours"]), money, "; ".join(w for w in said if w),
             )
         )  # fmt: skip
     money = "-" if found["money"] is None else f"{found['money']:,.2f}"
-    rows.append(("together", "", "", "", "", "", "", f"{found['gpu_hours']:.2f}", money, ""))
+    rows.append(("together", "", "", "", "", "", "", short_hours(found["gpu_hours"]), money, ""))
     columns = ("part", "pairs", "EFLOP", "pairs/s", "a GPU", "of the peak", "hours", "GPU-hours", "money", "")
     _table(console, "the bill", columns, rows)
 
@@ -208,6 +216,6 @@ def _switch_row(switch: dict[str, Any], now: float) -> tuple[str, ...]:
     saved = switch["saves_gpu_hours"]
     disk = f"{switch['disk_bytes'] / 1e9:,.0f} GB on disk" if switch["disk_bytes"] else ""
     return (
-        settings, f"{switch['gpu_hours']:.2f}", f"{saved:+.2f} ({saved / now:+.0%})", "yes" if switch["fits"] else "no",
+        settings, short_hours(switch["gpu_hours"]), f"{short_hours(saved, '+')} ({saved / now:+.0%})", "yes" if switch["fits"] else "no",
         f"{switch['memory_bytes'] / 2**30:.1f}", "; ".join(t for t in (switch["note"], disk) if t),
     )  # fmt: skip

@@ -153,8 +153,13 @@ def largest_micro_batch(costs: StageCosts, fixed_bytes: float, device: Device, r
     What is kept grows with the rows but for autocast's copies of the weights.  rows: of the micro-batch that `costs` were traced on.
     """
     room = device.memory_bytes - (RESERVED_BYTES if device.overlaps else 0) - fixed_bytes
+    return rows_that_fit(costs, room, rows)
+
+
+def rows_that_fit(costs: StageCosts, room_bytes: float, rows: int) -> int:
+    """As `largest_micro_batch`, room_bytes: what there is beside weights, gradients and moments."""
     a_row = (costs.kept_bytes - costs.cast_bytes + costs.head_bytes) / rows
-    return max(0, int(min((room - costs.cast_bytes) / a_row, room / max(costs.tower_bytes / rows, 1.0))))
+    return max(0, int(min((room_bytes - costs.cast_bytes) / a_row, room_bytes / max(costs.tower_bytes / rows, 1.0))))
 
 
 def without_tower(costs: StageCosts) -> StageCosts:

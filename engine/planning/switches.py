@@ -116,7 +116,7 @@ def switches(recipe: TransferRecipe, largest_rows: int, on_gpu: bool) -> list[Sw
     for tokens in (data.row_tokens // 2, data.row_tokens * 2):
         found.append(_data("row_tokens", tokens, ""))
     if largest_rows > 1 and largest_rows != data.rows_per_micro_batch:
-        found.append(_data("rows_per_micro_batch", largest_rows, "the largest that fits"))
+        found.append(_data("rows_per_micro_batch", largest_rows, "rows: the most that fit or that an update has"))
     found.append(_precision(recipe, on_gpu))
     return found
 

@@ -234,7 +234,7 @@ def _traced(
 ) -> tuple[Cost, Cost]:
     """(blocks, rest) of `run`; dtype: that of all weights, None to keep each one's own; every: blocks in which the stack repeats."""
     if key not in _KNOWN:
-        stacks = _stacks(module)
+        stacks = block_stacks(module)
         depth = _common_depth(stacks, every)
         if depth is None or depth <= 2 * every:
             _KNOWN[key] = NOTHING, _trace(module, stacks, None, run, setting, dtype)
@@ -245,14 +245,14 @@ def _traced(
     return _KNOWN[key]
 
 
-def _stacks(module: nn.Module) -> list[nn.ModuleList]:
+def block_stacks(module: nn.Module) -> list[nn.ModuleList]:
     """Lists of blocks that lie in no other list."""
     found: list[nn.ModuleList] = []
     for child in module.children():
         if isinstance(child, nn.ModuleList):
             found.append(child)
         else:
-            found += _stacks(child)
+            found += block_stacks(child)
     return found
 
 

@@ -1,0 +1,158 @@
+"""The live cost of a run: laps that add up, FLOPs that equal those of the real step, and fields that say what they should."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from vpgtrans.engine import loop
+from vpgtrans.engine.cost import (
+    EVALUATION,
+    PARTS,
+    WAITING,
+    CostMeter,
+    Work,
+    WorkRates,
+    first_batch,
+    measured_peak,
+    token_counts,
+    work_rates,
+)
+from vpgtrans.engine.loop import run
+from vpgtrans.engine.recipe import load_recipe
+from vpgtrans.engine.runlog import RunLog
+from vpgtrans.engine.runtime import Runtime, start, stop
+
+CPU = Runtime(torch.device("cpu"), torch.float32, 0, 1)
+SHORT = ["stages.0.pairs=22", "stages.1.pairs=33", "evaluation.generate_images=2", "output.log_every_updates=1"]
+
+
+def events(folder: Path, kind: str) -> list[dict]:
+    return [e for e in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if e["event"] == kind]
+
+
+def test_laps_add_up_to_the_time_that_passed():
+    meter = CostMeter(CPU, {"backward": 5.0})
+    before = time.perf_counter()
+    for part in ("vision tower", "backward", "vision tower"):
+        time.sleep(0.01)
+        meter.lap(part)
+    passed = time.perf_counter() - before
+    assert sum(meter.seconds.values()) - 5.0 == pytest.approx(passed, rel=0.05)
+    assert meter.seconds["vision tower"] >= 0.02 and 5.01 <= meter.seconds["backward"] < 5.0 + passed
+    shares = meter.breakdown()
+    assert list(shares) == ["vision tower", "backward"] and sum(e["share"] for e in shares.values()) == pytest.approx(1)
+
+
+def test_a_lap_costs_next_to_nothing():
+    meter = CostMeter(CPU)
+    before = time.perf_counter()
+    for _ in range(10_000):
+        meter.lap("backward")
+    assert (time.perf_counter() - before) / 10_000 < 50e-6  # an update has a handful and takes milliseconds at least
+
+
+def test_what_is_to_come_is_weighed_by_its_flops():
+    """2 s for 10 of 30 pairs; the next stage's pairs cost three times as much, the one after as much."""
+    meter = CostMeter(CPU)
+    meter.rates = {name: WorkRates(0, 0, 1, 0, pair=pair) for name, pair in (("a", 1.0), ("b", 3.0), ("c", 1.0))}
+    meter.stage_pairs = {"a": 30, "b": 100, "c": 7}
+    meter.begin_stage("a", 0, 100.0)
+    assert meter.seconds_to_go(10, 102.0) == pytest.approx(0.2 * (20 + 300 + 7))
+    meter.begin_stage("b", 40, 200.0)
+    assert meter.seconds_to_go(50, 203.0) == pytest.approx(0.3 * (50 + 7 / 3))
+    meter.peak_flops_s = 100.0
+    meter.seconds["backward"] = 2.0
+    meter.seconds[WAITING] = 0.5
+    meter._since_log = Work(images=0, tokens=50, used=40, targets=0)
+    live = meter.live(50, 203.0)
+    assert live["tokens_per_s"] == 16 and live["computed_tokens_per_s"] == 20 and live["waiting_share"] == 0.2
+    assert live["flop_utilisation"] == pytest.approx(50 / 2.5 / 100)
+    meter.seconds["backward"] += 1.0  # the next log tells of the time since the last alone
+    assert meter.live(60, 204.0)["tokens_per_s"] == 0 and meter.live(60, 204.0)["waiting_share"] == 0
+
+
+def test_the_peak_is_that_of_a_large_product():
+    a = torch.ones(1024, 1024)
+    before = time.perf_counter()
+    peak = measured_peak(torch.device("cpu"), torch.float32)
+    assert time.perf_counter() - before < 2.0
+    best = min(_timed(lambda: a @ a) for _ in range(5))
+    assert 0.2 < peak * best / (2 * 1024**3) < 5
+
+
+def _timed(run) -> float:
+    before = time.perf_counter()
+    run()
+    return time.perf_counter() - before
+
+
+@pytest.mark.parametrize("trains", ["projector", "vpg_and_projector"])
+def test_flops_equal_those_of_the_step_itself(trains, tiny_recipe, tmp_path):
+    """torch's own counter over the real micro-batches, attention by its plain formulation, which alone that counter knows on the CPU."""
+    recipe = load_recipe(tiny_recipe, [f"stages.0.trains={trains}", "data.transform=eval"])
+    runtime = start("cpu", "fp32", 1, 0)
+    this = loop._prepare(recipe, runtime, RunLog(tmp_path / "log", enabled=False), loop.Progress())
+    this.model.freeze_for(trains, False)
+    state = torch.get_rng_state()
+    rates = work_rates(this.model, this.features.tower, recipe.stages[0], this.data, recipe.data)
+    assert torch.equal(state, torch.get_rng_state()) and rates == this.meter.rates["warm_up"]
+    batch = first_batch(this.model, this.data, recipe.data)
+    work = Work()
+    work.add(batch, this.model.queries)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as count:
+        this.model.loss_sum(this.features(batch.groups), batch).backward()
+    stop()
+    assert work.flops(rates) == pytest.approx(count.get_total_flops(), rel=1e-9)
+    assert rates.encoding > 0 and rates.pair == pytest.approx(count.get_total_flops() / batch.pair_count)
+
+
+def test_tokens_are_counted_by_what_they_hold(make_llm):
+    from vpgtrans.engine.data.packing import CaptionData, Group, pack_update
+
+    data = CaptionData("test", [None] * 2, [[[1, 5, 6, 3], [1, 5, 3]], [[1, 3]]], leads={1: (7, 8)})
+    groups = [Group(0, 0, (0, 1)), Group(1, 0, (0,))]
+    (batch,) = pack_update(groups, data, 4, 12, 4, 0, fixed_shape=True)
+    assert token_counts(batch, 4) == ((4 + 4 + 3) + (2 + 4 + 2), 24)
+
+
+def test_a_run_shows_and_keeps_its_cost(tiny_recipe, tmp_path, capfd):
+    summary = run(load_recipe(tiny_recipe, SHORT))
+    trained = events(tmp_path / "run", "train")
+    for event in trained:
+        assert event["tokens_per_s"] > 0 and event["computed_tokens_per_s"] >= event["tokens_per_s"]
+        assert 0 <= event["waiting_share"] <= 1 and 0 < event["flop_utilisation"] < 1.5
+    to_go = [e["gpu_hours_to_go"] for e in trained]
+    assert to_go[-1] == 0 and all(hours > 0 for hours in to_go[:-1])
+    assert events(tmp_path / "run", "peak")[0]["matmul_flops_s"] > 1e8
+    cost = summary["cost"]
+    assert set(cost) == set(PARTS) - {"gradient reduction"} and cost[EVALUATION]["seconds"] > 0
+    assert sum(entry["share"] for entry in cost.values()) == pytest.approx(1)
+    parts = (
+        "waiting for data",
+        "vision tower",
+        "VPG and projector",
+        "language model, forward",
+        "backward",
+        "optimiser",
+    )
+    assert sum(cost[part]["seconds"] for part in parts) == pytest.approx(summary["seconds"], rel=0.2, abs=0.05)
+    shown = capfd.readouterr().err
+    assert "where the time went" in shown and "language model, forward" in shown
+
+
+def test_a_resumed_run_goes_on_counting(tiny_recipe, tmp_path):
+    """Seconds by part of before the stop are in the checkpoint, hence in the summary."""
+    settings = [*SHORT, "output.checkpoint_every_pairs=11"]
+    run(load_recipe(tiny_recipe, settings))
+    newest = max((tmp_path / "run" / "checkpoints").glob("step-*"))
+    kept = json.loads((newest / "state.json").read_text())["cost_seconds"]
+    assert kept["backward"] > 0
+    again = run(load_recipe(tiny_recipe, settings))
+    assert again["cost"]["backward"]["seconds"] == pytest.approx(kept["backward"])
+    assert again["cost"]["start-up"]["seconds"] > kept["start-up"]

@@ -453,7 +453,9 @@ class Engine(Peer):
         packed = model.llm.pack(
             groups, data, model.queries, row_tokens=row_tokens, rows_per_batch=rows, fixed_shape=self.device.type == "cuda"
         )  # fmt: skip
-        self.batches = [(b.to(self.device), torch.tensor([g.image for g in b.groups])) for b in packed]
+        self.batches = [
+            (b.to(self.device), torch.tensor([g.image for g in b.groups], device=self.device)) for b in packed
+        ]
         self.targets = sum(b.target_count for b in packed)
         model.eval()
         with torch.no_grad():

@@ -44,7 +44,12 @@ class Choice:
 
 
 def use_kernels(
-    asked: Kernels, model: VisionLanguageModel, tower: VisionTower, runtime: Runtime, log: RunLog, attention: str = "auto"
+    asked: Kernels,
+    model: VisionLanguageModel,
+    tower: VisionTower,
+    runtime: Runtime,
+    log: RunLog,
+    attention: str = "auto",
 ) -> list[Choice]:
     """Switch operations on as the recipe asks; models are on the device, and the run looks at `on` for what is not a model's.
 
@@ -149,7 +154,9 @@ def _fuse_head(llm: LanguageModel) -> None:
 
 
 def _fp8_reason(device: torch.device, llm: LanguageModel) -> str | None:
-    return "distribution.frozen shards the blocks, which FP8 linears cannot be" if llm.is_sharded else fp8_reason(device)
+    return (
+        "distribution.frozen shards the blocks, which FP8 linears cannot be" if llm.is_sharded else fp8_reason(device)
+    )
 
 
 def fp8_reason(device: torch.device) -> str | None:

@@ -438,7 +438,11 @@ def _lengths(done: int, total: int, batch_pairs: int) -> Iterator[int]:
 
 
 def _accumulate(
-    this: Run, update: Update, batches: Iterator[tuple[Batch, Tensor]], parameters: list[Tensor], reduction: GradientReduction | None
+    this: Run,
+    update: Update,
+    batches: Iterator[tuple[Batch, Tensor]],
+    parameters: list[Tensor],
+    reduction: GradientReduction | None,
 ) -> Tensor:
     """Gradients of the mean loss of the whole update; returns that mean.  Every rank plans the same update and computes its share.
 

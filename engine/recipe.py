@@ -520,10 +520,12 @@ class Distribution(_Section):
         "over the ranks, gathered block by block (engine/distributed/frozen.py); on the CPU auto is replicated",
     )
     shard_over: Literal["world", "node"] = Field(
-        "world", description="ranks that share one copy of sharded blocks: all, or those of a node, so that gathers stay inside it"
+        "world",
+        description="ranks that share one copy of sharded blocks: all, or those of a node, so that gathers stay inside it",
     )
     cpu_offload: bool = Field(
-        False, description="keep a rank's pieces in the host's memory and copy each block for each use: a last resort; needs frozen: sharded"
+        False,
+        description="keep a rank's pieces in the host's memory and copy each block for each use: a last resort; needs frozen: sharded",
     )
     optimizer: Literal["replicated", "sharded"] = Field(
         "replicated", description="AdamW's moments on each rank, or spread over the ranks; results are the same bits"
@@ -533,7 +535,9 @@ class Distribution(_Section):
     @model_validator(mode="after")
     def _offloads_shards(self) -> Distribution:
         if self.cpu_offload and self.frozen != "sharded":
-            raise ValueError(f"cpu_offload: expected false unless frozen is sharded, got true with frozen {self.frozen}")
+            raise ValueError(
+                f"cpu_offload: expected false unless frozen is sharded, got true with frozen {self.frozen}"
+            )
         return self
 
 

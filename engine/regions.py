@@ -74,7 +74,9 @@ def use_regions(
     if compiled.on:
         compile_blocks(tower.module, backend)
         compile_blocks(model.vpg.qformer, backend)
-        if not graphed.on and back_end is None:  # a layout's lengths are numbers, for each of which a block would be compiled anew
+        if (
+            not graphed.on and back_end is None
+        ):  # a layout's lengths are numbers, for each of which a block would be compiled anew
             compile_blocks(model.llm.model, backend)
         model.has_compiled_blocks = True
     return [compiled, graphed]

@@ -43,6 +43,7 @@ class Resources:
     """What one compiled kernel takes: a thread's registers, bytes spilled, bytes of shared memory; how often which instructions stand in it.
 
     wide_loads, wide_stores: of 16 bytes a thread from or to global memory.
+    local_accesses, loop_local_accesses: of spilled registers, anywhere and between a label and a branch back to it.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Resources:
     mma: int
     fp8_mma: int
     local_accesses: int
+    loop_local_accesses: int
     wide_loads: int
     wide_stores: int
 
@@ -102,10 +104,26 @@ def _resources(name: str, compiled: Any, architecture: int) -> Resources:
         wgmma=len(re.findall(r"\bHGMMA", sass)) + len(re.findall(r"\bQGMMA", sass)),
         mma=len(re.findall(r"\bHMMA", sass)),
         fp8_mma=len(re.findall(r"\bQGMMA", sass)),
-        local_accesses=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        local_accesses=len(re.findall(_LOCAL, sass)),
+        loop_local_accesses=local_accesses_in_loops(sass),
         wide_loads=len(re.findall(r"\bLDG\.[\w.]*128\b", sass)),
         wide_stores=len(re.findall(r"\bSTG\.[\w.]*128\b", sass)),
     )
+
+
+_LOCAL = r"\b(?:LDL|STL)\b"
+
+
+def local_accesses_in_loops(sass: str) -> int:
+    """How many instructions of a listing of nvdisasm load or store local memory between a label and a branch back to it."""
+    lines = sass.splitlines()
+    labels = {found[1]: i for i, line in enumerate(lines) if (found := re.match(r"\s*(\.L_\w+):", line))}
+    inside: set[int] = set()
+    for i, line in enumerate(lines):
+        branch = re.search(r"\bBRA\b.*(\.L_\w+)", line)
+        if branch and labels.get(branch[1], i) < i:
+            inside.update(range(labels[branch[1]], i))
+    return sum(bool(re.search(_LOCAL, lines[i])) for i in inside)
 
 
 def _output(*command: str | Path) -> str:

@@ -31,6 +31,10 @@ that: at 257 tokens and 32 queries latents take 0.92 of formed's time forward, 1
 queries 0.5, and latents.  More tokens favour them (577: 0.76, but beyond 272 there is no kernel), 64 queries never.  The gradient of E costs most
 in either form and is not needed where only `ln_vision`'s affine trains: `fold_norm`.
 
+E in FP8 (e4m3, a scale a token) halves its 0.72 MB; the kernels convert each tile on load, formed K and V take the tokens converted first, and
+both give what the converted tokens give.  Architecture 80 has no such type: there the bits are taken apart, some 15 instructions a value, so it
+saves memory and not time.  `fold_norm` lets tokens be stored after `ln_vision`'s statistics and before its affine.
+
 Idea: the reassociation is that of multi-head latent attention (arXiv 2405.04434), for image tokens.
 Bench: benches/bench_qformer_attention.py.
 """
@@ -44,7 +48,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .qformer_formed import CrossWeights, attend_formed, attend_with_mask, fold_norm, form_keys_values
+from .qformer_formed import (
+    CrossWeights,
+    attend_formed,
+    attend_with_mask,
+    dequantise_tokens,
+    fold_norm,
+    form_keys_values,
+)
 from .qformer_latents import MAX_KEYS, attend_latents
 from .triton_support import log_fallback_once, triton_unsupported_reason
 
@@ -52,6 +63,7 @@ __all__ = [
     "AttentionShape",
     "CrossWeights",
     "choose_form",
+    "dequantise_tokens",
     "fold_norm",
     "form_keys_values",
     "qformer_attention",
@@ -77,12 +89,13 @@ class AttentionShape:
 
 def qformer_attention(
     queries: Tensor,  # (B, Q, D)
-    image: Tensor,  # (B, N, W); in the compute dtype, or every layer casts it again
+    image: Tensor,  # (B, N, W); in the compute dtype, or every layer casts it again; or e4m3
     weights: CrossWeights,
     heads: int,
     *,
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
+    token_scale: Tensor | None = None,  # (B, N) float32
     keys_values: tuple[Tensor, Tensor] | None = None,
     form: Form | None = None,
     impl: Literal["reference", "triton"] | None = None,
@@ -95,6 +108,7 @@ def qformer_attention(
         dropout_p: of the probabilities, in [0, 1), rounded to 1/65536; 0 in eval mode.
         seed: int or int64 tensor () on the device: the mask is `dropout_keep` of it, whatever the form.  None draws from torch's generator;
             the mask then depends on the form.
+        token_scale: the image is torch.float8_e4m3fn, finite, needs no gradient, and each of its tokens is its row times its scale.
         keys_values: this layer's pair from `form_keys_values`; implies the formed form.
         form: None lets `choose_form` pick.
         impl: of the latents form: "triton", its kernels; "reference", plain torch.  None takes the kernels where they run.
@@ -105,9 +119,9 @@ def qformer_attention(
     """
     if torch.is_autocast_enabled(queries.device.type):
         dtype = torch.get_autocast_dtype(queries.device.type)
-        queries, image = queries.to(dtype), image.to(dtype)
+        queries, image = queries.to(dtype), image if token_scale is not None else image.to(dtype)
         weights = CrossWeights(*(w if w is None else w.to(dtype) for w in weights))
-    shape = _checked(queries, image, weights, heads, keys_values)
+    shape = _checked(queries, image, weights, heads, keys_values, token_scale)
     _check_options(dropout_p, seed, keys_values, form, impl)
     if form is None:
         form = _default_form(shape, queries, image, weights, keys_values, impl)
@@ -115,20 +129,25 @@ def qformer_attention(
     if weights.key_bias is not None and weights.key_bias.requires_grad:
         query = _WithoutEffect.apply(query, weights.key_bias)
     if form == "formed":
-        keys_values = keys_values or form_keys_values(image, [weights])[0]
+        if keys_values is None:
+            tokens = image if token_scale is None else dequantise_tokens(image, token_scale, queries.dtype)
+            keys_values = form_keys_values(tokens, [weights])[0]
         mixed = attend_formed(query, keys_values, heads, dropout_p, seed)
     else:
-        use_triton = _use_triton(shape, image, impl)
+        use_triton = _use_triton(shape, queries, impl)
         mixed = attend_latents(
-            query, image, weights.key, weights.value, weights.value_bias, heads, dropout_p, seed, use_triton
-        )
+            query, image, weights.key, weights.value, weights.value_bias, heads, dropout_p, seed, use_triton, token_scale
+        )  # fmt: skip
     return F.linear(mixed, weights.output, weights.output_bias)
 
 
 def reference_qformer_attention(
     queries: Tensor, image: Tensor, weights: CrossWeights, heads: int, *, dropout_p: float = 0.0, seed: int | Tensor | None = None,
+    token_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`qformer_attention` with K, V and the probabilities formed, in torch: the definition.  Arguments as there; dropout needs a seed."""
+    if token_scale is not None:
+        image = dequantise_tokens(image, token_scale, queries.dtype)
     query, key, value = (
         F.linear(x, w, b).unflatten(-1, (heads, -1)).transpose(1, 2)
         for x, w, b in (
@@ -225,10 +244,10 @@ def _default_form(
     )
 
 
-def _use_triton(shape: AttentionShape, image: Tensor, impl: str | None) -> bool:
+def _use_triton(shape: AttentionShape, queries: Tensor, impl: str | None) -> bool:
     if impl == "reference":
         return False
-    reason = qformer_attention_unsupported_reason(shape, image.dtype, image.device)
+    reason = qformer_attention_unsupported_reason(shape, queries.dtype, queries.device)
     if impl == "triton" and reason is not None:
         raise RuntimeError(f"qformer_attention: impl='triton' cannot run here: {reason}")
     if reason is not None:
@@ -274,8 +293,9 @@ def _check_options(dropout_p: float, seed: object, keys_values: object, form: ob
 
 
 def _checked(
-    queries: Tensor, image: Tensor, weights: CrossWeights, heads: int, keys_values: tuple[Tensor, Tensor] | None
-) -> AttentionShape:
+    queries: Tensor, image: Tensor, weights: CrossWeights, heads: int, keys_values: tuple[Tensor, Tensor] | None,
+    token_scale: Tensor | None,
+) -> AttentionShape:  # fmt: skip
     if queries.ndim != 3 or image.ndim != 3 or queries.shape[0] != image.shape[0] or not image.shape[1]:
         raise ValueError(
             f"qformer_attention: expected queries (B, Q, D) and image (B, N, W) with at least one token, got {tuple(queries.shape)} and "
@@ -292,6 +312,12 @@ def _checked(
     if keys_values is not None:
         tensors |= {"keys_values[0]": keys_values[0], "keys_values[1]": keys_values[1]}
         expected |= dict.fromkeys(("keys_values[0]", "keys_values[1]"), (batch, keys, hidden))
+    if token_scale is not None:
+        _check_token_scale(image, token_scale)
+    elif image.dtype == torch.float8_e4m3fn:
+        raise TypeError(
+            "qformer_attention: image is torch.float8_e4m3fn, which means nothing without its token_scale; give both"
+        )
     if not queries.is_floating_point():
         raise TypeError(f"qformer_attention: queries are {queries.dtype}, expected a floating dtype")
     for name, tensor in tensors.items():
@@ -300,7 +326,7 @@ def _checked(
         wanted = expected[name]
         if wanted is not None and tuple(tensor.shape) != wanted:
             raise ValueError(f"qformer_attention: {name} has shape {tuple(tensor.shape)}, expected {wanted}")
-        if tensor.dtype != queries.dtype:
+        if tensor.dtype != queries.dtype and (tensor is not image or token_scale is None):
             raise TypeError(
                 f"qformer_attention: {name} is {tensor.dtype}, expected {queries.dtype} as the queries; convert one of them or use autocast"
             )
@@ -309,3 +335,16 @@ def _checked(
                 f"qformer_attention: {name} is on {tensor.device}, expected {queries.device} as the queries; move one of them"
             )
     return AttentionShape(batch, count, keys, width, hidden, heads)
+
+
+def _check_token_scale(image: Tensor, scale: Tensor) -> None:
+    if image.dtype != torch.float8_e4m3fn or image.requires_grad:
+        raise TypeError(
+            f"qformer_attention: image is {image.dtype}{' and needs a gradient' if image.requires_grad else ''}, expected "
+            "torch.float8_e4m3fn without one beside token_scale; leave out token_scale"
+        )
+    if scale.dtype != torch.float32 or scale.shape != image.shape[:2] or scale.device != image.device:
+        raise ValueError(
+            f"qformer_attention: token_scale is {scale.dtype} {tuple(scale.shape)} on {scale.device}, expected torch.float32 "
+            f"{tuple(image.shape[:2])} on {image.device}, one for each image token"
+        )

@@ -19,17 +19,31 @@ from .qformer_latents import key_split, launch_config
 
 
 @triton.jit
-def _tokens(image_ptr, keys, width, start, FIRST: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """E's rows from FIRST and columns from `start`, zero beyond the edges: [COUNT, BLOCK]."""
+def _tokens(
+    image_ptr, token_scale_ptr, keys, width, start,
+    FIRST: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """E's rows from FIRST and columns from `start`, zero beyond the edges: [COUNT, BLOCK].  SCALED: made from e4m3 (or its bits)."""
     rows, columns = FIRST + tl.arange(0, COUNT), start + tl.arange(0, BLOCK)
     inside = (rows < keys)[:, None] & (columns < width)[None, :]
-    return tl.load(image_ptr + rows[:, None] * width + columns[None, :], inside, 0.0)
+    tokens = tl.load(image_ptr + rows[:, None] * width + columns[None, :], inside, 0.0)
+    if SCALED:
+        if tokens.dtype == tl.uint8:
+            # e4m3's exponent and mantissa in float16's places are the value / 256, its subnormals too: architecture 80 has no e4m3.
+            bits = tokens.to(tl.uint16)
+            half = (((bits & 0x7F) << 7) | ((bits & 0x80) << 8)).to(tl.float16, bitcast=True)
+            wide = half.to(tl.float32) * 256.0
+        else:
+            wide = tokens.to(tl.float32)
+        # Scaled here and not in the scores: there each thread held 32 scales a piece, and the backward spilled 3 kB.
+        tokens = (wide * tl.load(token_scale_ptr + rows, rows < keys, 0.0)[:, None]).to(dtype)
+    return tokens
 
 
 @triton.jit
 def _scores(
-    x_ptr, image_ptr, rows, row_inside, keys, width,
-    HALF: tl.constexpr, SECOND: tl.constexpr, TAIL: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    x_ptr, image_ptr, token_scale_ptr, rows, row_inside, keys, width,
+    HALF: tl.constexpr, SECOND: tl.constexpr, TAIL: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """X E^T for one block of rows in float32: [rows, HALF], [rows, HALF], [rows, 16]; zeros where a piece is not there."""
     first = tl.zeros([rows.shape[0], HALF], tl.float32)
@@ -39,32 +53,35 @@ def _scores(
         columns = start + tl.arange(0, BLOCK)
         x_inside = row_inside[:, None] & (columns < width)[None, :]
         x = tl.load(x_ptr + rows[:, None] * width + columns[None, :], x_inside, 0.0)  # [rows, BLOCK]
-        e = _tokens(image_ptr, keys, width, start, 0, HALF, BLOCK)
+        e = _tokens(image_ptr, token_scale_ptr, keys, width, start, 0, HALF, BLOCK, SCALED, x.dtype)
         first = tl.dot(x, tl.trans(e), first, input_precision=PRECISION)
         if SECOND:
-            e = _tokens(image_ptr, keys, width, start, HALF, HALF, BLOCK)
+            e = _tokens(image_ptr, token_scale_ptr, keys, width, start, HALF, HALF, BLOCK, SCALED, x.dtype)
             second = tl.dot(x, tl.trans(e), second, input_precision=PRECISION)
         if TAIL:
-            e = _tokens(image_ptr, keys, width, start, HALF + SECOND * HALF, 16, BLOCK)
+            e = _tokens(
+                image_ptr, token_scale_ptr, keys, width, start, HALF + SECOND * HALF, 16, BLOCK, SCALED, x.dtype
+            )
             tail = tl.dot(x, tl.trans(e), tail, input_precision=PRECISION)
     return first, second, tail
 
 
 @triton.jit
 def _mix(
-    first, second, tail, image_ptr, out_ptr, rows, row_inside, keys, width,
-    HALF: tl.constexpr, SECOND: tl.constexpr, TAIL: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    first, second, tail, image_ptr, token_scale_ptr, out_ptr, rows, row_inside, keys, width,
+    HALF: tl.constexpr, SECOND: tl.constexpr, TAIL: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Write T E for one block of rows; the pieces of T in E's dtype."""
+    """Write T E for one block of rows; the pieces of T in the dtype of the product."""
     for start in range(0, width, BLOCK):
-        mixed = tl.dot(
-            first, _tokens(image_ptr, keys, width, start, 0, HALF, BLOCK), input_precision=PRECISION
-        )  # [rows, BLOCK]
+        e = _tokens(image_ptr, token_scale_ptr, keys, width, start, 0, HALF, BLOCK, SCALED, first.dtype)
+        mixed = tl.dot(first, e, input_precision=PRECISION)  # [rows, BLOCK]
         if SECOND:
-            e = _tokens(image_ptr, keys, width, start, HALF, HALF, BLOCK)
+            e = _tokens(image_ptr, token_scale_ptr, keys, width, start, HALF, HALF, BLOCK, SCALED, first.dtype)
             mixed = tl.dot(second, e, mixed, input_precision=PRECISION)
         if TAIL:
-            e = _tokens(image_ptr, keys, width, start, HALF + SECOND * HALF, 16, BLOCK)
+            e = _tokens(
+                image_ptr, token_scale_ptr, keys, width, start, HALF + SECOND * HALF, 16, BLOCK, SCALED, first.dtype
+            )
             mixed = tl.dot(tail, e, mixed, input_precision=PRECISION)
         columns = start + tl.arange(0, BLOCK)
         inside = row_inside[:, None] & (columns < width)[None, :]
@@ -135,21 +152,23 @@ def _store_piece(ptr, values, rows, row_inside, stride, FIRST: tl.constexpr):
 
 @triton.jit
 def latent_forward_kernel(
-    folded_ptr, image_ptr, mixed_ptr, probabilities_ptr, sums_ptr, seed_ptr,
+    folded_ptr, image_ptr, token_scale_ptr, mixed_ptr, probabilities_ptr, sums_ptr, seed_ptr,
     rows_per_image, keys, width, probability_stride, scale_log2, threshold, keep_scale,
     BLOCK_ROWS: tl.constexpr, HALF: tl.constexpr, SECOND: tl.constexpr, TAIL: tl.constexpr, BLOCK_SCORES: tl.constexpr,
-    BLOCK_MIX: tl.constexpr, DROPOUT: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_MIX: tl.constexpr, DROPOUT: tl.constexpr, SAVE: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """mixed = dropout(softmax(folded E^T)) E, and the probabilities for the backward.
 
     folded, mixed (B, R, W), image (B, N, W), probabilities (B, R, stride), sums (B, R) float32: row sums of what is mixed.
+    SCALED: image is e4m3 (or its bits), and a token of E is its row times its token_scale (B, N) float32.
     """
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row_inside = rows < rows_per_image
     image = tl.program_id(1).to(tl.int64)
     first_row = image * rows_per_image
     image_ptr += image * keys * width
-    dtype: tl.constexpr = image_ptr.dtype.element_ty
+    token_scale_ptr += image * keys
+    dtype: tl.constexpr = folded_ptr.dtype.element_ty
     LAST: tl.constexpr = HALF + SECOND * HALF
     saved_ptr = probabilities_ptr + first_row * probability_stride
     if DROPOUT:
@@ -162,7 +181,8 @@ def latent_forward_kernel(
             _store_signs(seed, positions, threshold, saved_ptr, rows, row_inside, probability_stride, LAST, 16)
         tl.debug_barrier()  # the block's other threads read them
     first, second, tail = _scores(
-        folded_ptr + first_row * width, image_ptr, rows, row_inside, keys, width, HALF, SECOND, TAIL, BLOCK_SCORES, PRECISION
+        folded_ptr + first_row * width, image_ptr, token_scale_ptr, rows, row_inside, keys, width,
+        HALF, SECOND, TAIL, BLOCK_SCORES, SCALED, PRECISION,
     )  # fmt: skip
     first = _scaled(first, scale_log2, keys, 0)
     highest = tl.max(first, 1)
@@ -196,7 +216,8 @@ def latent_forward_kernel(
     if DROPOUT:
         tl.store(sums_ptr + first_row + rows, sums, row_inside)
     _mix(
-        first, second, tail, image_ptr, mixed_ptr + first_row * width, rows, row_inside, keys, width, HALF, SECOND, TAIL, BLOCK_MIX, PRECISION
+        first, second, tail, image_ptr, token_scale_ptr, mixed_ptr + first_row * width, rows, row_inside, keys, width,
+        HALF, SECOND, TAIL, BLOCK_MIX, SCALED, PRECISION,
     )  # fmt: skip
 
 
@@ -226,23 +247,24 @@ def _backward_piece(
 
 @triton.jit
 def latent_backward_kernel(
-    grad_ptr, image_ptr, probabilities_ptr, shift_ptr, grad_folded_ptr, grad_scores_ptr,
+    grad_ptr, image_ptr, token_scale_ptr, probabilities_ptr, shift_ptr, grad_folded_ptr, grad_scores_ptr,
     rows_per_image, keys, width, probability_stride, scale, keep_scale,
     BLOCK_ROWS: tl.constexpr, HALF: tl.constexpr, SECOND: tl.constexpr, TAIL: tl.constexpr, BLOCK_SCORES: tl.constexpr,
     BLOCK_MIX: tl.constexpr, DROPOUT: tl.constexpr, SHIFT: tl.constexpr, FOLDED: tl.constexpr, SCORES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SCALED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """grad_folded = dS E with dS = scale * P (keep * dP - rowsum(P keep dP) / rowsum(P)), dP = grad E^T + shift.
 
     grad, grad_folded (B, R, W), image (B, N, W), probabilities and grad_scores (B, R, stride), shift (B, R) float32: the part of dP that
-    V's bias gives, which cancels without dropout.
+    V's bias gives, which cancels without dropout.  SCALED: as in the forward.
     """
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row_inside = rows < rows_per_image
     image = tl.program_id(1).to(tl.int64)
     first_row = image * rows_per_image
     image_ptr += image * keys * width
-    dtype: tl.constexpr = image_ptr.dtype.element_ty
+    token_scale_ptr += image * keys
+    dtype: tl.constexpr = grad_ptr.dtype.element_ty
     LAST: tl.constexpr = HALF + SECOND * HALF
     saved_ptr = probabilities_ptr + first_row * probability_stride
     # Rounded probabilities do not sum to 1; divided by their sum, a row of dS sums to zero as it must.
@@ -254,7 +276,8 @@ def latent_backward_kernel(
     total = tl.where(row_inside, total, 1.0)
     tl.debug_barrier()  # or the compiler keeps what was loaded, in registers that are not there
     first, second, tail = _scores(
-        grad_ptr + first_row * width, image_ptr, rows, row_inside, keys, width, HALF, SECOND, TAIL, BLOCK_SCORES, PRECISION
+        grad_ptr + first_row * width, image_ptr, token_scale_ptr, rows, row_inside, keys, width,
+        HALF, SECOND, TAIL, BLOCK_SCORES, SCALED, PRECISION,
     )  # fmt: skip
     if SHIFT:
         shift = tl.load(shift_ptr + first_row + rows, row_inside, 0.0)[:, None]
@@ -280,13 +303,14 @@ def latent_backward_kernel(
     )  # fmt: skip
     if FOLDED:
         _mix(
-            first, second, tail, image_ptr, grad_folded_ptr + first_row * width, rows, row_inside, keys, width,
-            HALF, SECOND, TAIL, BLOCK_MIX, PRECISION,
+            first, second, tail, image_ptr, token_scale_ptr, grad_folded_ptr + first_row * width, rows, row_inside, keys, width,
+            HALF, SECOND, TAIL, BLOCK_MIX, SCALED, PRECISION,
         )  # fmt: skip
 
 
 def compile_cases(architecture: int) -> list[CompileCase]:
-    """Both kernels at the real sizes (384 rows, 257 tokens of width 1408) in bf16; for sm_90 with dropout and dE, without for sm_80 (time)."""
+    """Both kernels at the real sizes (384 rows, 257 tokens of width 1408) in bf16, and with tokens in e4m3 (architecture 80: their bits);
+    for sm_90 with dropout and dE, for sm_80 without, and e4m3 forward only (time)."""
     import torch
 
     half, second, tail = key_split(257)
@@ -295,18 +319,23 @@ def compile_cases(architecture: int) -> list[CompileCase]:
     types = dict.fromkeys(names, "i32") | dict.fromkeys(("scale_log2", "scale", "keep_scale"), "fp32")
     for stem in ("folded", "image", "mixed", "probabilities", "grad", "grad_folded", "grad_scores"):
         types[f"{stem}_ptr"] = "*bf16"
-    types |= {"sums_ptr": "*fp32", "shift_ptr": "*fp32", "seed_ptr": "*i64"}
+    types |= {"sums_ptr": "*fp32", "shift_ptr": "*fp32", "token_scale_ptr": "*fp32", "seed_ptr": "*i64"}
     sizes = {
         "BLOCK_ROWS": settings.block_rows, "HALF": half, "SECOND": second, "TAIL": tail, "BLOCK_SCORES": settings.block_scores,
         "BLOCK_MIX": settings.block_mix, "PRECISION": "ieee",
     }  # fmt: skip
     options = {"num_warps": settings.warps, "num_stages": settings.stages}
-    flags = {"DROPOUT": architecture >= 90}
+    hopper = architecture >= 90
     multiples = ("rows_per_image", "width", "probability_stride")
-    return [
-        CompileCase(name, kernel, types, sizes | flags | more, multiples, options)
+    found = []
+    for suffix, scaled in (("", False), (", e4m3", True)):
+        tokens = {"image_ptr": "*fp8e4nv" if hopper else "*u8"} if scaled else {}
         for name, kernel, more in (
             ("forward", latent_forward_kernel, {"SAVE": True}),
-            ("backward", latent_backward_kernel, {"SHIFT": architecture >= 90, "FOLDED": True, "SCORES": architecture >= 90}),
-        )
-    ]  # fmt: skip
+            ("backward", latent_backward_kernel, {"SHIFT": hopper, "FOLDED": True, "SCORES": hopper and not scaled}),
+        ):
+            if scaled and not hopper and name == "backward":
+                continue
+            flags = {"DROPOUT": hopper, "SCALED": scaled}
+            found.append(CompileCase(name + suffix, kernel, types | tokens, sizes | flags | more, multiples, options))
+    return found

@@ -64,6 +64,11 @@ def fold_norm(weights: CrossWeights, scale: Tensor, shift: Tensor) -> CrossWeigh
     return weights._replace(key=weights.key * scale, value=weights.value * scale, value_bias=value_bias)
 
 
+def dequantise_tokens(image: Tensor, token_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """image (B, N, W) in e4m3 times token_scale (B, N) float32, in `dtype`."""
+    return (image.to(torch.promote_types(dtype, torch.float32)) * token_scale[..., None]).to(dtype)
+
+
 def attend_formed(
     query: Tensor, keys_values: tuple[Tensor, Tensor], heads: int, dropout_p: float, seed: int | Tensor | None
 ) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .philox import dropout_keep, dropout_threshold, seed_tensor
+from .qformer_formed import dequantise_tokens
 from .triton_support import architecture
 
 TAIL_KEYS = 16  # the narrowest side of a product
@@ -36,10 +37,12 @@ def launch_config(dtype: torch.dtype, architecture: int) -> LaunchConfig:
         return LaunchConfig(32, 16, 16, 8, 2)
     if architecture >= 90:
         # 384 rows are 3 blocks; scores 128 x 256 fp32 over 256 threads are 128 registers each; a step is
-        # (128 + 272) x 64 x 2 = 50 KiB.  The mix takes 32 columns: with 64 the backward's registers spill 440 bytes, so 56.
+        # (128 + 272) x 64 x 2 = 50 KiB.  The mix takes 32 columns: with 64 the backward's registers spill 440 bytes, so 56.  What spills does so
+        # between the loops.  64 rows spill next to nothing, but fetch E from L2 twice as often: 10.9 MB an image against 6.5, 1.7 times the time.
         return LaunchConfig(128, 64, 32, 8, 3)
-    # mma.sync keeps operands in registers beside the scores, so 64 rows; a step is (64 + 272) x 32 x 2 = 21 KiB.
-    return LaunchConfig(64, 32, 32, 8, 3)
+    # mma.sync keeps operands in registers beside the scores, so 64 rows; a step is (64 + 272) x 16 x 2 = 11 KiB.  With steps of 32 both kernels
+    # spilled, 72 and 176 bytes.
+    return LaunchConfig(64, 16, 32, 8, 3)
 
 
 def key_split(keys: int) -> tuple[int, bool, bool]:
@@ -56,17 +59,20 @@ def padded_keys(keys: int) -> int:
 
 def attend_latents(
     query: Tensor, image: Tensor, key: Tensor, value: Tensor, value_bias: Tensor | None, heads: int, dropout_p: float,
-    seed: int | Tensor | None, use_triton: bool,
+    seed: int | Tensor | None, use_triton: bool, token_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """query (B, Q, D) after W_q, image (B, N, W), key and value (D, W), value_bias (D,) -> (B, Q, D) before W_o."""
+    """query (B, Q, D) after W_q, image (B, N, W), key and value (D, W), value_bias (D,) -> (B, Q, D) before W_o.
+
+    token_scale (B, N) float32: image is e4m3, and each token is its row times its scale.
+    """
     seed = seed_tensor(seed, image.device) if dropout_p else None
     saves = torch.is_grad_enabled()
-    return _Latents.apply(query, image, key, value, value_bias, seed, heads, dropout_p, use_triton, saves)
+    return _Latents.apply(query, image, key, value, value_bias, seed, token_scale, heads, dropout_p, use_triton, saves)
 
 
 class _Latents(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, image, key, value, value_bias, seed, heads, dropout_p, use_triton, saves):
+    def forward(ctx, query, image, key, value, value_bias, seed, token_scale, heads, dropout_p, use_triton, saves):
         query, image, key, value = (t.contiguous() for t in (query, image, key, value))
         needs_query, needs_image, needs_key, needs_value, needs_bias = ctx.needs_input_grad[:5]
         scores_matter = needs_query or needs_image or needs_key
@@ -74,7 +80,7 @@ class _Latents(torch.autograd.Function):
         mix = mix_forward if use_triton else torch_mix_forward
         scale = (query.shape[-1] // heads) ** -0.5
         mixed, probabilities, sums = mix(
-            fold(query, key, heads), image, seed, scale, dropout_p, saves and scores_matter
+            fold(query, key, heads), image, token_scale, seed, scale, dropout_p, saves and scores_matter
         )
         out = unfold(mixed, value, heads)
         if value_bias is not None:
@@ -88,12 +94,13 @@ class _Latents(torch.autograd.Function):
             probabilities if scores_matter else None,
             mixed if needs_value else None,
             sums if needs_bias and dropout_p else None,
+            token_scale if scores_matter else None,
         )
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        query, image, key, value, value_bias, probabilities, mixed, sums = ctx.saved_tensors
+        query, image, key, value, value_bias, probabilities, mixed, sums, token_scale = ctx.saved_tensors
         needs_query, needs_image, needs_key, needs_value, needs_bias = ctx.needs_input_grad[:5]
         heads, grad = ctx.heads, grad.contiguous()
         grad_query = grad_image = grad_key = grad_value = grad_bias = None
@@ -111,8 +118,8 @@ class _Latents(torch.autograd.Function):
             mix = mix_backward if ctx.use_triton else torch_mix_backward
             scale = (grad.shape[-1] // heads) ** -0.5
             grad_folded, grad_scores = mix(
-                grad_mixed, image, probabilities, shift, scale, ctx.dropout_p, needs_query or needs_key, needs_image
-            )
+                grad_mixed, image, token_scale, probabilities, shift, scale, ctx.dropout_p, needs_query or needs_key, needs_image
+            )  # fmt: skip
             if needs_query:
                 grad_query = unfold(grad_folded, key, heads)
             if needs_key:
@@ -124,7 +131,7 @@ class _Latents(torch.autograd.Function):
                 keys = image.shape[1]
                 grad_image = kept.mT[:, :keys] @ grad_mixed.flatten(1, 2)
                 grad_image.baddbmm_(grad_scores.mT[:, :keys], fold(query, key, heads).flatten(1, 2))
-        return grad_query, grad_image, grad_key, grad_value, grad_bias, None, None, None, None, None
+        return grad_query, grad_image, grad_key, grad_value, grad_bias, None, None, None, None, None, None
 
 
 def sums_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -162,8 +169,10 @@ def _(narrow, weight, heads):
     return narrow.new_empty(*narrow.shape[:2], heads, weight.shape[1])
 
 
-def torch_mix_forward(folded, image, seed, scale, dropout_p, save):
+def torch_mix_forward(folded, image, token_scale, seed, scale, dropout_p, save):
     """`mix_forward` in torch: the same products by cuBLAS or the CPU's BLAS, scores and probabilities through memory."""
+    if token_scale is not None:
+        image = dequantise_tokens(image, token_scale, folded.dtype)
     batch, queries, heads, _ = folded.shape
     keys = image.shape[1]
     rows = folded.flatten(1, 2)
@@ -178,8 +187,12 @@ def torch_mix_forward(folded, image, seed, scale, dropout_p, save):
     return torch.bmm(dropped, image).view_as(folded), probabilities if save else None, sums
 
 
-def torch_mix_backward(grad_mixed, image, probabilities, shift, scale, dropout_p, want_folded, want_scores):
+def torch_mix_backward(
+    grad_mixed, image, token_scale, probabilities, shift, scale, dropout_p, want_folded, want_scores
+):
     """`mix_backward` in torch."""
+    if token_scale is not None:
+        image = dequantise_tokens(image, token_scale, grad_mixed.dtype)
     wide = sums_dtype(image.dtype)
     grad_dropped = torch.bmm(grad_mixed.flatten(1, 2), image.mT)
     if dropout_p:
@@ -198,9 +211,10 @@ def torch_mix_backward(grad_mixed, image, probabilities, shift, scale, dropout_p
 
 @torch.library.custom_op("vpgtrans::qformer_mix_forward", mutates_args=())
 def mix_forward(
-    folded: Tensor, image: Tensor, seed: Tensor | None, scale: float, dropout_p: float, save: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """folded (B, Q, H, W), image (B, N, W) -> P E (B, Q, H, W), P (B, R, padded N) or empty, row sums (B, Q, H) float32 or empty.
+    folded: Tensor, image: Tensor, token_scale: Tensor | None, seed: Tensor | None, scale: float, dropout_p: float, save: bool
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """folded (B, Q, H, W), image (B, N, W), token_scale (B, N) or None -> P E (B, Q, H, W), P (B, R, padded N) or empty, row sums (B, Q, H)
+    float32 or empty.
 
     scale: of the scores.  P is undropped and negative where dropped; its padding is not written.  Row sums only with dropout.
     """
@@ -209,17 +223,25 @@ def mix_forward(
     mixed, probabilities, sums = _mix_forward_results(folded, image, dropout_p, save)
     batch, queries, heads, width = folded.shape
     rows, keys = queries * heads, image.shape[1]
-    settings = launch_config(image.dtype, architecture(image.device))
+    tokens, settings = _as_launched(image, folded.dtype)
     half, second, tail = key_split(keys)
     threshold, keep_scale = dropout_threshold(dropout_p)
     if folded.numel():
         latent_forward_kernel[(-(-rows // settings.block_rows), batch)](
-            folded, image, mixed, probabilities if save or dropout_p else mixed, sums if dropout_p else mixed, seed if dropout_p else mixed,
+            folded, tokens, mixed if token_scale is None else token_scale, mixed, probabilities if save or dropout_p else mixed,
+            sums if dropout_p else mixed, seed if dropout_p else mixed,
             rows, keys, width, padded_keys(keys), scale * math.log2(math.e), threshold, keep_scale,
             BLOCK_ROWS=settings.block_rows, HALF=half, SECOND=second, TAIL=tail, BLOCK_SCORES=settings.block_scores, BLOCK_MIX=settings.block_mix,
-            DROPOUT=dropout_p > 0, SAVE=save, PRECISION="ieee", num_warps=settings.warps, num_stages=settings.stages,
+            DROPOUT=dropout_p > 0, SAVE=save, SCALED=token_scale is not None, PRECISION="ieee", num_warps=settings.warps, num_stages=settings.stages,
         )  # fmt: skip
     return mixed, probabilities, sums
+
+
+def _as_launched(image: Tensor, dtype: torch.dtype) -> tuple[Tensor, LaunchConfig]:
+    """The tokens as the kernels take them, and settings for products in `dtype`: no e4m3 before Hopper, its bits as bytes instead."""
+    generation = architecture(image.device)
+    bits = generation < 90 and image.dtype == torch.float8_e4m3fn
+    return image.view(torch.uint8) if bits else image, launch_config(dtype, generation)
 
 
 def _mix_forward_results(folded, image, dropout_p, save):
@@ -232,14 +254,14 @@ def _mix_forward_results(folded, image, dropout_p, save):
 
 
 @mix_forward.register_fake
-def _(folded, image, seed, scale, dropout_p, save):
+def _(folded, image, token_scale, seed, scale, dropout_p, save):
     return _mix_forward_results(folded, image, dropout_p, save)
 
 
 @torch.library.custom_op("vpgtrans::qformer_mix_backward", mutates_args=())
 def mix_backward(
-    grad_mixed: Tensor, image: Tensor, probabilities: Tensor, shift: Tensor | None, scale: float, dropout_p: float, want_folded: bool,
-    want_scores: bool,
+    grad_mixed: Tensor, image: Tensor, token_scale: Tensor | None, probabilities: Tensor, shift: Tensor | None, scale: float,
+    dropout_p: float, want_folded: bool, want_scores: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """grad_mixed (B, Q, H, W), `mix_forward`'s P, shift (B, Q, H) float32 or None -> gradients of folded and of the scores (B, R, padded N).
 
@@ -250,14 +272,15 @@ def mix_backward(
     grad_folded, grad_scores = _mix_backward_results(grad_mixed, probabilities, want_folded, want_scores)
     batch, queries, heads, width = grad_mixed.shape
     rows, keys = queries * heads, image.shape[1]
-    settings = launch_config(image.dtype, architecture(image.device))
+    tokens, settings = _as_launched(image, grad_mixed.dtype)
     half, second, tail = key_split(keys)
     if grad_mixed.numel():
         latent_backward_kernel[(-(-rows // settings.block_rows), batch)](
-            grad_mixed, image, probabilities, shift if shift is not None else grad_mixed, grad_folded if want_folded else grad_mixed,
+            grad_mixed, tokens, grad_mixed if token_scale is None else token_scale, probabilities,
+            shift if shift is not None else grad_mixed, grad_folded if want_folded else grad_mixed,
             grad_scores if want_scores else grad_mixed, rows, keys, width, probabilities.shape[-1], scale, dropout_threshold(dropout_p)[1],
             BLOCK_ROWS=settings.block_rows, HALF=half, SECOND=second, TAIL=tail, BLOCK_SCORES=settings.block_scores, BLOCK_MIX=settings.block_mix,
-            DROPOUT=dropout_p > 0, SHIFT=shift is not None, FOLDED=want_folded, SCORES=want_scores, PRECISION="ieee",
+            DROPOUT=dropout_p > 0, SHIFT=shift is not None, FOLDED=want_folded, SCORES=want_scores, SCALED=token_scale is not None, PRECISION="ieee",
             num_warps=settings.warps, num_stages=settings.stages,
         )  # fmt: skip
     return grad_folded, grad_scores
@@ -271,5 +294,5 @@ def _mix_backward_results(grad_mixed, probabilities, want_folded, want_scores):
 
 
 @mix_backward.register_fake
-def _(grad_mixed, image, probabilities, shift, scale, dropout_p, want_folded, want_scores):
+def _(grad_mixed, image, token_scale, probabilities, shift, scale, dropout_p, want_folded, want_scores):
     return _mix_backward_results(grad_mixed, probabilities, want_folded, want_scores)

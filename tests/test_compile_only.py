@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from vpgtrans.kernels.checks import assert_within_budget, poisoned_memory
+from vpgtrans.kernels.compile_only import local_accesses_in_loops
 from vpgtrans.kernels.triton_support import architecture, is_interpreted, triton_unsupported_reason
 
 triton = pytest.importorskip("triton")
@@ -56,6 +57,25 @@ def test_reasons_and_architecture():
     assert (triton_unsupported_reason(torch.device("cpu")) is None) == is_interpreted()
     assert "NVIDIA" in triton_unsupported_reason(torch.device("meta"))
     assert architecture(torch.device("cpu")) == 90
+
+
+def test_spills_in_loops_are_told_from_others():
+    listing = """
+        STL [R1+0x4], R2 ;
+.L_x_1:
+        HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24 ;
+        LDL.64 R2, [R1] ;
+.L_x_2:
+        STL [R1], R3 ;
+    @P0 BRA `(.L_x_2) ;
+   @!P1 BRA `(.L_x_1) ;
+        LDL R5, [R1+0x8] ;
+   @!P2 BRA `(.L_x_3) ;
+        LDL R6, [R1+0xc] ;
+.L_x_3:
+        BRA `(.L_x_3);
+    """
+    assert local_accesses_in_loops(listing) == 2
 
 
 def test_compile_only_refuses_the_interpreter():

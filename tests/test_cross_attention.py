@@ -8,6 +8,7 @@ import torch
 from vpgtrans.engine.models import cross_attention
 from vpgtrans.engine.models.vpg import VPG
 from vpgtrans.engine.recipe import QFormerConfig
+from vpgtrans.engine.regions import compile_blocks
 from vpgtrans.kernels.checks import assert_within_budget
 from vpgtrans.kernels.triton_support import is_interpreted
 
@@ -131,3 +132,10 @@ def test_parameters_are_where_they_were():
     before = {name: tensor.data_ptr() for name, tensor in vpg.state_dict().items()}
     results(vpg, True)
     assert {name: tensor.data_ptr() for name, tensor in vpg.state_dict().items()} == before
+
+
+def test_blocks_may_be_compiled():
+    plain, vpg = results(build(9), True), build(9)
+    compile_blocks(vpg.qformer, backend="eager")
+    for name, got in results(vpg, True).items():
+        torch.testing.assert_close(got, plain[name], msg=lambda m, name=name: f"{name}: {m}")

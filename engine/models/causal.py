@@ -60,7 +60,9 @@ class CausalLanguageModel(LanguageModel):
     """A frozen decoder-only language model."""
 
     assembles_prompts = False  # whether `kernels.prompt_assembly` puts words and soft prompts together
-    graphed: Callable[..., Any] | None = None  # the base model captured in a CUDA graph, for `graphed_rows` rows (regions.py)
+    graphed: Callable[..., Any] | None = (
+        None  # the base model captured in a CUDA graph, for `graphed_rows` rows (regions.py)
+    )
     graphed_rows = 0
     back_end: BackEnd | None = None  # of packed attention, where it is neither sdpa nor the kernels
 
@@ -185,7 +187,9 @@ class CausalLanguageModel(LanguageModel):
         config = self.generation_config(settings, bos_token_id=self.special.bos)
         counted = settings.beam_score == "prompt_and_generated"
         with prompt_counts_in_beam_score(self.model, longest, self.ends) if counted else contextlib.nullcontext():
-            return self.model.generate(inputs_embeds=inputs, attention_mask=mask, generation_config=config, synced_gpus=self.is_sharded)
+            return self.model.generate(
+                inputs_embeds=inputs, attention_mask=mask, generation_config=config, synced_gpus=self.is_sharded
+            )
 
     @torch.no_grad()
     def generate_after(

@@ -84,7 +84,9 @@ class Seq2SeqLanguageModel(LanguageModel):
         # The decoder's own prompt is its start token, which today's rule leaves out and the authors' library version counted.
         counted = settings.beam_score == "prompt_and_generated"
         with prompt_counts_in_beam_score(self.model, 1, self.ends) if counted else contextlib.nullcontext():
-            return self.model.generate(inputs_embeds=inputs, attention_mask=mask, generation_config=config, synced_gpus=self.is_sharded)[:, 1:]
+            return self.model.generate(
+                inputs_embeds=inputs, attention_mask=mask, generation_config=config, synced_gpus=self.is_sharded
+            )[:, 1:]
 
     @torch.no_grad()
     def check_contract(self) -> None:

@@ -22,12 +22,12 @@ from .vpg import VPG, VPGOutput
 class VisionLanguageModel(nn.Module):
     """VPG and projector train (or not, by stage); the language model never does.  The tower lives with the data (data/features.py)."""
 
-    after_prompts: Callable[[], None] | None = None  # called between soft prompts and language model: a clock's lap (cost.py)
+    after_prompts: Callable[[], None] | None = (
+        None  # called between soft prompts and language model: a clock's lap (cost.py)
+    )
 
     has_compiled_blocks = False
-    projects_into_rows = (
-        False  # whether `kernels.projector_converter` writes soft prompts where the language model reads them
-    )
+    projects_into_rows = False  # whether `kernels.projector_converter` writes soft prompts into the packed rows
 
     def __init__(self, vpg: VPG, projector: nn.Linear, llm: LanguageModel):
         super().__init__()

@@ -19,7 +19,7 @@ shared. A save's cost is for 3 updates' worth of difference to "engine". Communi
 trainable parameters are many beside its FLOPs.
 
 Bytes. On 2 and on 4 processes: payloads handed to torch.distributed in each update, and what went through the loopback interface, against
-`engine/planning/communication.py`. Where the system lets it, processes run in a network namespace of their own (Linux, root), where nothing else sends;
+`engine/planning/communication.py`. Where the system lets it, processes run in a network namespace of their own (Linux, root), where nobody else sends;
 else what others sent in a second before is named as noise.
 
     python benches/bench_distribution.py [--repeats N] [--ranks N] [--device cpu|cuda] [--part times|bytes] [--out FILE]
@@ -397,7 +397,9 @@ def free_port() -> int:
 
 
 def print_times(found: dict[str, Any]) -> None:
-    print(f"{found['ranks']} processes of one thread, medians of {found['repeats']} rounds of {UPDATES} updates an arm; ratios to plain (least to most)")  # fmt: skip
+    print(
+        f"{found['ranks']} processes of one thread, medians of {found['repeats']} rounds of {UPDATES} updates an arm; ratios to plain (least-most)"
+    )
     print(f"{'':22} {'step s':>8} {'ratio':>22} {'CPU s':>8} {'ratio':>22} {'a save, s':>10} {'CPU s':>7}")
     for name, row in found["arms"].items():
         ratios = [f"{row['times_plain_' + k]:.3f} ({row['least_' + k]:.3f}-{row['most_' + k]:.3f})" for k in ("step_s", "cpu_s")]  # fmt: skip
@@ -406,7 +408,8 @@ def print_times(found: dict[str, Any]) -> None:
 
 
 def print_bytes(ranks: str, found: dict[str, Any]) -> None:
-    where = "in a network namespace of their own" if found["own_network_namespace"] else f"noise on lo before: {found['noise_bytes_s']} bytes/s"  # fmt: skip
+    noise = f"{found['noise_bytes_s']} bytes/s of others' on lo before"
+    where = "in a network namespace of their own" if found["own_network_namespace"] else noise
     print(f"\n{ranks} processes, MB of a rank in an update, sent in reductions and gathers; {where}")
     print(f"{'':22} {'formula':>10} {'payloads':>10} {'over it':>8} {'loopback':>10} {'over it':>8}")
     for name, row in found["layouts"].items():

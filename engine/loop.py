@@ -478,8 +478,8 @@ def _accumulate(
         reduction.begin()
     for number, (batch, prepared) in enumerate(batches, 1):
         this.meter.lap(cost.WAITING)
-        this.meter.count(batch, this.model.queries)
         features = this.features.finish(prepared)
+        this.meter.count(batch, this.model.queries, this.features.computed)
         this.meter.lap(cost.TOWER)
         with this.runtime.autocast():
             count = (

@@ -86,6 +86,7 @@ def _open(this: Run, stage: Stage, order: UpdateOrder, total_pairs: int) -> Stor
     # Its key takes a look at every image, so first whether it could be wanted at all.  Rank 0 decides for all: another run may be at it.
     could_pay = spared >= AUTO_SHARE or any(root.glob("prompt-*/complete.json"))
     if is_auto and not this.runtime.gather(could_pay)[0]:
+        log.say(f"prompt cache: off in {stage.name}: {_spares_little(spared)}")
         return None
     before = features.identity if isinstance(features, StoredFeatures) else vision_identity(features.as_eval(), 1)
     identity = prompt_identity(before, this.model.vpg, recipe.data.cache_precision)
@@ -106,11 +107,15 @@ def _auto_reason(identity: Identity, folder: Path, spared: float) -> str | None:
     if (folder / "complete.json").is_file():
         return None
     if spared < AUTO_SHARE:
-        return f"it would spare {spared:.0%} of the encodings, less than {AUTO_SHARE:.0%}"
+        return _spares_little(spared)
     lacking = identity.layout.bytes - present_rows(folder) * identity.layout.row_bytes
     if lacking > disk_free_bytes(folder):
         return f"{folder} lacks {lacking / 2**30:.1f} GiB, more than its disk has free"
     return None
+
+
+def _spares_little(spared: float) -> str:
+    return f"it would spare {spared:.0%} of the encodings, less than {AUTO_SHARE:.0%}"
 
 
 def _is_sharded(module: nn.Module) -> bool:

@@ -11,8 +11,11 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
-console = Console(stderr=True, highlight=False)
+console = Console(
+    stderr=True, highlight=False, markup=False
+)  # of markup, `pip install 'vpgtrans[triton]'` would lose its extra
 PLAIN_LINE_SECONDS = 10.0
 
 
@@ -82,7 +85,7 @@ class RunLog:
     def warn(self, name: str, message: str, **fields: Any) -> None:
         """A named warning, on the screen and in the log."""
         if self.enabled:
-            console.print(f"[yellow]warning {name}:[/] {message}")
+            console.print(Text.assemble((f"warning {name}:", "yellow"), f" {message}"))
         self.event("warning", name=name, message=message, **fields)
 
     def say(self, message: Any) -> None:
@@ -97,7 +100,8 @@ class RunLog:
         if console.is_terminal:
             if self._progress is None:
                 self._progress = Progress(
-                    TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f}%"), TextColumn("{task.fields[text]}"),
+                    TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.percentage:3.0f}%"),
+                    TextColumn("{task.fields[text]}", markup=False),
                     TimeRemainingColumn(), console=console, transient=True,
                 )  # fmt: skip
                 self._progress.start()

@@ -78,10 +78,12 @@ def _of_rows(recipe: TransferRecipe, model: VisionLanguageModel) -> list[Saving]
             positions,
         ]
     grouped = data.captions_per_image != 1
+    drops = any(stage.frozen_dropout for stage in recipe.stages) and model.llm.has_dropout
+    why = "one prefix an image and row; each caption sees it and itself" if grouped else "captions_per_image=1"
     return [
         Saving(
-            "shared visual prefix", grouped, True,
-            "one prefix an image and row; each caption sees it and itself" if grouped else "captions_per_image=1",
+            "shared visual prefix", grouped, not drops,
+            why + ("; the captions of an image share its dropout mask" if grouped and drops else ""),
         ),
         Saving("no padding", True, True, f"always on: rows of {data.row_tokens} tokens (data.row_tokens), best fit"),
         positions,

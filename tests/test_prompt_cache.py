@@ -176,8 +176,11 @@ def test_what_cannot_be_kept_is_a_recipe_error(tiny_recipe, settings, named):
     assert all(name in str(raised.value) for name in named)
 
 
-def test_auto_writes_nothing_that_is_not_read_again(tiny_recipe, tmp_path):
+def test_auto_writes_nothing_that_is_not_read_again(tiny_recipe, tmp_path, capfd):
     went(tiny_recipe, tmp_path / "short", "stages.0.pairs=110")
+    assert "prompt cache: off in warm_up: it would spare 0% of the encodings" in " ".join(
+        capfd.readouterr().err.split()
+    )
     went(tiny_recipe, tmp_path / "dropout", "stages.0.frozen_dropout=true")
     went(tiny_recipe, tmp_path / "random", "data.transform=train")
     assert not prompts(tmp_path)

@@ -240,6 +240,7 @@ def open_features(
     if cache_root is None:
         return live
     identity = vision_identity(live, views if transform == "train" else 1, precision)
+    check_space(identity, identity.folder(cache_root))
     stored = StoredFeatures(identity, identity.open(cache_root), live, log, must_store=fill == "ahead")
     if fill == "ahead":
         fill_ahead(stored)
@@ -252,7 +253,6 @@ def fill_ahead(stored: StoredFeatures) -> None:
     """Compute every absent row.  Ranks and other processes that fill the same table share the work; every rank must call it."""
     table, runtime, log = stored.table, stored.runtime, stored.log
     if not table.is_complete and table.missing():
-        check_space(stored.identity, table.folder)
         log.say(
             f"{stored.identity.kind} cache: {table.missing():,} of {table.layout.rows:,} rows to compute -> {table.folder} "
             f"({table.layout.bytes / 2**20:,.0f} MiB)"

@@ -35,6 +35,8 @@ from .preflight import machine_problems
 from .recipe import WEIGHT_SUFFIXES, QFormerConfig, RecipeError, Stage, TransferRecipe, missing_files
 
 GIB = 2**30
+TOWER_ITEM, LLM_ITEM = (f"frozen weights: {part}, compute dtype" for part in ("vision tower", "language model"))
+MASTER_ITEM, MOMENTS_ITEM = "what trains: master weights, float32", "AdamW moments, 2 x float32"
 ACTIVATIONS_ITEM, WORKING_ITEM = "activations kept for backward", "working memory (estimate)"
 ACTIVATIONS = (
     "Activations are what one micro-batch keeps for its backward pass: the engine's own code was run on tensors without data and asked.\n"
@@ -232,12 +234,12 @@ def _memory(tower: VisionTower, model: VisionLanguageModel, costs: StageCosts, c
     frozen_vpg = sum(p.numel() for p in model.vpg.parameters() if not p.requires_grad)
     kept, trainable = round(costs.kept_bytes), costs.trainable
     return {
-        "frozen weights: vision tower, compute dtype": c * tower.parameter_count,
-        "frozen weights: language model, compute dtype": c * _parameter_count(model.llm),
+        TOWER_ITEM: c * tower.parameter_count,
+        LLM_ITEM: c * _parameter_count(model.llm),
         "frozen weights: VPG, float32": 4 * frozen_vpg,
-        "what trains: master weights, float32": 4 * trainable,
+        MASTER_ITEM: 4 * trainable,
         "gradients, float32": 4 * trainable,
-        "AdamW moments, 2 x float32": 8 * trainable,
+        MOMENTS_ITEM: 8 * trainable,
         ACTIVATIONS_ITEM: kept,
         WORKING_ITEM: round(costs.activation_bytes) - kept,
     }

@@ -38,9 +38,7 @@ def write_tiny_world(root: Path, train: int = 24, val: int = 6) -> Path:
         tiny_llama(tokenizer, width, seed).save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
     torch.manual_seed(3)
-    (root / "tower").mkdir()
-    (root / "tower" / "config.json").write_text(json.dumps(TOWER))
-    save_file(eva_vit(Blip2VisionConfig(**TOWER)).model.state_dict(), root / "tower" / "model.safetensors")
+    write_tower(root / "tower", TOWER)
     config = QFormerConfig(
         hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, num_query_tokens=4, dropout=0.1, initializer_range=0.2,
     )  # fmt: skip
@@ -50,6 +48,14 @@ def write_tiny_world(root: Path, train: int = 24, val: int = 6) -> Path:
     parts = {"vpg": VPG(config, 16), "projector": nn.Linear(16, 24)}
     save_parts(root / "source" / "model", parts, {**common, "llm": str(root / "lm_source")})
     return root
+
+
+def write_tower(folder: Path, sizes: dict[str, Any]) -> Path:
+    """A random ViT in transformers' format; sizes: of a Blip2VisionConfig."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(sizes))
+    save_file(eva_vit(Blip2VisionConfig(**sizes)).model.state_dict(), folder / "model.safetensors")
+    return folder
 
 
 def tiny_llama(tokenizer: PreTrainedTokenizerBase, width: int = 32, seed: int = 0) -> LlamaForCausalLM:

@@ -1,9 +1,9 @@
 """Runs of a recipe in real processes with gloo: `python run_ranks.py JOBS.json`.
 
 JOBS is a list of {"ranks", "arguments"}, arguments being those of `engine/train.py`, and on request "local_ranks" (of a node), "double" (float64),
-"count" (a file for the collectives of each update), "copy" ([folder, other] first), "forget" ([folder, step]: then checkpoints past the step are
-removed) and "code" (expected of every rank, 0 if not given).  Everything is imported once and ranks are forked.  Exits with 1 after the first job
-with other exit codes.
+"count" (a file for the collectives of each update), "payloads" (one for the bytes handed to them), "copy" ([folder, other] first), "forget"
+([folder, step]: then checkpoints past the step are removed) and "code" (expected of every rank, 0 if not given).  Everything is imported once and
+ranks are forked.  Exits with 1 after the first job with other exit codes.
 """
 
 from __future__ import annotations
@@ -67,6 +67,28 @@ def count_collectives(path: Path) -> None:
     loop._accumulate = accumulate_and_write
 
 
+def write_payloads(path: Path) -> None:
+    """Write, after each optimiser step, the bytes of the tensors that this rank handed to collectives since the update began."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benches"))
+    from payloads import count_payloads
+
+    sends, micro_batches = count_payloads(), []
+    accumulate, take_step = loop._accumulate, loop.take_step
+
+    def accumulate_from_nothing(this, update, *rest):
+        sends.clear()
+        micro_batches[:] = [update.own_batches]
+        return accumulate(this, update, *rest)
+
+    def step_and_write(*arguments):
+        result = take_step(*arguments)
+        with path.open("a") as file:
+            file.write(json.dumps({**sends, "micro_batches": micro_batches[0]}) + "\n")
+        return result
+
+    loop._accumulate, loop.take_step = accumulate_from_nothing, step_and_write
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -81,6 +103,8 @@ def run_rank(job: dict, rank: int, port: int) -> int:
         in_double_precision()
     if job.get("count") and rank == 0:
         count_collectives(Path(job["count"]))
+    if job.get("payloads") and rank == 0:
+        write_payloads(Path(job["payloads"]))
     return main(job["arguments"])
 
 

@@ -1,12 +1,20 @@
-"""The model of communication: bytes of ring collectives, what is hidden, and what crosses between nodes."""
+"""The model of communication: bytes of ring collectives, what is hidden, what crosses between nodes, and what real processes send."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
+from transformers import AutoTokenizer
 
+from vpgtrans.engine.dry_run import make_plan
 from vpgtrans.engine.planning.communication import (
     BUCKET_BYTES,
     GPUS_A_NODE,
@@ -19,6 +27,10 @@ from vpgtrans.engine.planning.communication import (
 )
 from vpgtrans.engine.planning.costs import BLOCKS, TOWER, VPG_
 from vpgtrans.engine.planning.devices import find_device
+from vpgtrans.engine.planning.layout import frozen_blocks
+from vpgtrans.engine.recipe import load_recipe
+from vpgtrans.engine.tiny_world import TOWER as TOWER_SIZES
+from vpgtrans.engine.tiny_world import tiny_llama, tiny_recipe, write_tower
 
 FROZEN = Frozen(tower_bytes=2e9, tower_blocks=40, llm_bytes=13e9, llm_blocks=32)
 
@@ -28,11 +40,16 @@ def h200():
     return find_device("h200", torch.bfloat16, 0.7)
 
 
-def costs(micro_batches: float = 16.0, trainable: int = 108_000_000):
+def costs(micro_batches: float = 16.0, trainable: int = 108_000_000, tensor_sizes: tuple[int, ...] = ()):
     part = SimpleNamespace(flops=3.0, backward_flops=2.0)
     halves = SimpleNamespace(flops=2.0, backward_flops=1.0)
     workload = SimpleNamespace(micro_batches=micro_batches)
-    return SimpleNamespace(workload=workload, trainable=trainable, update={VPG_: part, BLOCKS: halves, TOWER: halves})
+    return SimpleNamespace(
+        workload=workload,
+        trainable=trainable,
+        tensor_sizes=tensor_sizes,
+        update={VPG_: part, BLOCKS: halves, TOWER: halves},
+    )
 
 
 SECONDS = {TOWER: 1.6, VPG_: 0.16, BLOCKS: 3.2}
@@ -85,3 +102,81 @@ def test_rows_of_the_plan(h200):
         r["computing_s"] == 5.0 / r["gpus"] and r["added_share"] == r["exposed_s"] / r["computing_s"] for r in rows
     )
     assert NETWORK_BYTES_S == 400e9 / 8
+
+
+def write_even_recipe(world: Path, folder: Path) -> Path:
+    """A recipe in whose model every tensor that trains is a multiple of 64 elements long, so that nothing is padded, and every block divides."""
+    tokenizer = AutoTokenizer.from_pretrained(world / "lm_target")
+    tiny_llama(tokenizer, 64).save_pretrained(folder / "llm")
+    tokenizer.save_pretrained(folder / "llm")
+    vit = write_tower(folder / "vit", {**TOWER_SIZES, "hidden_size": 64, "num_hidden_layers": 2})
+    values = tiny_recipe(world, folder / "run")
+    values["data"] |= {"row_tokens": 64, "rows_per_micro_batch": 1}
+    values |= {
+        "target": {"llm": str(folder / "llm")}, "vision": {"kind": "eva_vit", "path": str(vit), "image_size": 32}, "source": {},
+        "initialise": {"vpg": "random", "projector": "random"},
+        "qformer": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "num_query_tokens": 4},
+        "evaluation": {"loss_images": 2, "generate_images": 0},
+        "stages": [{"name": "direct", "trains": "vpg_and_projector", "learning_rate": 1e-3, "pairs": 33, "batch_pairs": 11}],
+    }  # fmt: skip
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+LAYOUTS = {"replicated": ("replicated", "replicated"), "sharded": ("sharded", "sharded")}
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_real_processes_send_what_the_formulas_say(ranks, tiny_world, tmp_path, h200):
+    """Payloads of three updates on gloo, to the byte: one sum, a gather for each block and pass of a micro-batch, one of new weights.
+
+    The loss and the count of targets ride along in the sum, 8 bytes.
+    """
+    path, jobs = write_even_recipe(tiny_world, tmp_path), []
+    for name, (frozen, optimizer) in LAYOUTS.items():
+        settings = [f"distribution.frozen={frozen}", f"distribution.optimizer={optimizer}"]
+        arguments = [str(path), f"output.folder={tmp_path / name}", *settings]
+        jobs.append({"ranks": ranks, "arguments": arguments, "payloads": str(tmp_path / f"{name}.jsonl")})
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    command = [sys.executable, str(Path(__file__).with_name("run_ranks.py")), str(tmp_path / "jobs.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    plan = make_plan(load_recipe(path))
+    stage, frozen_parts = plan.stages[0].costs, frozen_blocks(plan)
+    assert frozen_parts.llm_blocks == 2 and frozen_parts.tower_blocks == 2
+    for name, (frozen, optimizer) in LAYOUTS.items():
+        updates = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        assert len(updates) == 3 and max(u["micro_batches"] for u in updates) > 1
+        for sent in updates:
+            workload = dataclasses.replace(stage.workload, micro_batches=float(ranks * sent["micro_batches"]))
+            seconds = dict.fromkeys(stage.update, 1.0)
+            wanted = traffic(
+                dataclasses.replace(stage, workload=workload), seconds, frozen_parts, h200, ranks,
+                "world" if frozen == "sharded" else "replicated", optimizer=optimizer,
+            )  # fmt: skip
+            gathers = sent.get("all_gather", 0) + sent.get("weights", 0)
+            assert all_reduce_bytes(sent["all_reduce"] - 8, ranks) == pytest.approx(wanted.reduced_bytes, rel=1e-12)
+            assert all_gather_bytes(gathers, ranks) == pytest.approx(wanted.gathered_bytes, rel=1e-12)
+            assert (sent.get("all_gather", 0) > 0) == (frozen == "sharded")
+            assert (sent.get("weights", 0) > 0) == (optimizer == "sharded")
+            assert sent.keys() <= {"all_reduce", "all_gather", "weights", "micro_batches"}
+
+
+def test_sharded_moments_gather_as_often_the_largest_share_as_there_are_ranks(h200):
+    """Tensors of 6, 5, 4 and 3 times 64 elements on 2 ranks: 9 and 9; on 3: 6, 5 and 7, so that 21 are sent for 18.  Nothing hides it."""
+    sizes = tuple(64 * n for n in (6, 5, 4, 3))
+    for gpus, part in ((2, 9), (3, 7)):
+        found, plain = (
+            traffic(costs(trainable=sum(sizes), tensor_sizes=sizes), SECONDS, FROZEN, h200, gpus, "replicated", optimizer=of)
+            for of in ("sharded", "replicated")
+        )  # fmt: skip
+        assert found.gathered_bytes == pytest.approx((gpus - 1) / gpus * 4 * 64 * part * gpus)
+        assert found.reduced_bytes == plain.reduced_bytes
+        assert found.exposed_s - plain.exposed_s == pytest.approx(found.gathered_bytes / 450e9)
+
+
+def test_ranks_share_micro_batches_in_whole_ones(h200):
+    """5 micro-batches on 2 GPUs: 3 each, the last of them less than full, and each gathers every block."""
+    found = traffic(costs(micro_batches=5), SECONDS, FROZEN, h200, 2, "node")
+    assert found.gathered_bytes == pytest.approx(3 / 2 * (2e9 + 2 * 13e9))

@@ -3,11 +3,13 @@
 Each parameter belongs to one rank, which alone keeps its moments and updates it; the new values are then gathered.  Whole tensors are dealt, not
 slices, so that each is updated by the very instructions that update it on one process: results are the same bits as without sharding, given
 the same gradients.  The norm is that of all gradients, which every rank has.  Memory of P parameters in float32 on N ranks: 8 P / N bytes of
-moments instead of 8 P.  Bytes that a rank receives for the new values: (N - 1) / N x 4 P.
+moments instead of 8 P.  Bytes that a rank receives for the new values: (N - 1) / N x 4 P, P rounded up to N times the largest rank's share
+(`part_elements`), which is much where N is large: 64 ranks cannot share out 400 tensors evenly.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,6 +39,7 @@ class ShardedAdamW(torch.optim.AdamW):
         self._others = [p for p in parameters if p not in self._owned]
         self._flat = _into_one_buffer(dealt)
         self._whole: dict[str, Any] | None = None
+        self._is_consolidated = False  # the same on all ranks
 
     @property
     def state_bytes(self) -> int:
@@ -45,7 +48,7 @@ class ShardedAdamW(torch.optim.AdamW):
 
     def step(self, closure: None = None) -> None:
         """Update this rank's parameters and gather the others'.  Skips as AdamW does where `found_inf` is 1."""
-        self._whole = None
+        self._whole, self._is_consolidated = None, False
         hidden = [(p, p.grad) for p in self._others]
         for parameter, _ in hidden:
             parameter.grad = None
@@ -58,7 +61,11 @@ class ShardedAdamW(torch.optim.AdamW):
         _all_gather(self._flat, own.clone() if self._flat.device.type == "cpu" else own)
 
     def consolidate(self) -> None:
-        """Bring the moments of all ranks together on rank 0, on the CPU, in the form that AdamW itself has; a collective."""
+        """Bring the moments of all ranks together on rank 0, on the CPU, in the form that AdamW itself has; a collective, but for a second
+        call after one step, which does nothing."""
+        if self._is_consolidated:
+            return
+        self._is_consolidated = True
         state = super().state_dict()["state"]
         own = {i: {k: v.detach().cpu() for k, v in entry.items()} for i, entry in state.items()}
         found: list[Any] | None = [None] * self._runtime.world_size if self._runtime.is_main else None
@@ -83,12 +90,21 @@ class ShardedAdamW(torch.optim.AdamW):
         super().load_state_dict(state_dict)
         for parameter in self._others:
             self.state.pop(parameter, None)
-        self._whole = None
+        self._whole, self._is_consolidated = None, False
+
+
+def part_elements(sizes: Sequence[int], ranks: int) -> int:
+    """Elements of each rank's part of the buffer for tensors of so many elements: the largest share that is dealt."""
+    return max(sum(map(_aligned, own)) for own in deal(sizes, sizes, ranks))
+
+
+def _aligned(elements: int) -> int:
+    return -(-elements // ALIGNMENT) * ALIGNMENT
 
 
 def _into_one_buffer(dealt: list[list[Tensor]]) -> Tensor:
     """Move parameters into a buffer of equal parts, one a rank, where gathering needs no copies; their values stay."""
-    sizes = [[-(-p.numel() // ALIGNMENT) * ALIGNMENT for p in own] for own in dealt]
+    sizes = [[_aligned(p.numel()) for p in own] for own in dealt]
     part = max(sum(of_rank) for of_rank in sizes)
     first = next(p for own in dealt for p in own)
     flat = torch.zeros(part * len(dealt), dtype=first.dtype, device=first.device)

@@ -14,8 +14,8 @@ from .options import check_options, parser
 
 MODEL_OF_TIME = (
     "Seconds come from a model: each operation of the engine's code takes the longer of its FLOPs and its bytes at the device's rates, or the "
-    "10 us that Python needs to issue it.  Evaluation, captioning, start-up and waiting for data are not counted.  Data parallel: every part "
-    "is whole on every GPU."
+    "10 us that Python needs to issue it.  Evaluation, captioning, start-up and waiting for data are not counted.  Memory is that of the "
+    "recipe's `distribution` on so many GPUs; hours count no gathers: add what the table of communication says."
 )
 
 LAYOUTS = {
@@ -152,7 +152,7 @@ def _bill(console: Console, found: dict[str, Any]) -> None:
     for s in found["stages"]:
         use = "-" if s["utilisation"] is None else f"{s['utilisation']:.0%}"
         said = [
-            f"{s['idle_share']:.0%} of the GPUs' time idle: {s['micro_batches_an_update']:.0f} micro-batches an update"
+            f"{s['idle_share']:.0%} of the GPUs' time idle: {s['rows_an_update_and_gpu']:.1f} rows an update and GPU"
             if s["idle_share"] > 0.05
             else "",
             "issuing operations decides, not the GPU" if s["issuing_decides"] else "",

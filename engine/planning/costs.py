@@ -1,7 +1,7 @@
 """One stage of a recipe on one device: operations and bytes of each part, memory, seconds of an update.
 
-Data parallel over N devices, every part whole on each, as the engine is: an update's micro-batches are dealt to the ranks, gradients are
-summed once.  Evaluation, captioning and start-up are not counted.
+Data parallel over N devices: the images of an update are dealt to the ranks by tokens, each packs its own share into rows and micro-batches,
+gradients are summed once.  Evaluation, captioning and start-up are not counted.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ class StageCosts:
     head_bytes: float
     tower_bytes: float
     queries: int
+    tensor_sizes: tuple[int, ...] = ()  # elements of each tensor that trains
 
     def flops_a_pair(self, part: str) -> float:
         return self.update[part].flops / self.workload.pairs
@@ -94,6 +95,7 @@ def stage_costs(
         # The gradient of the logits, in float32 and in the compute dtype.
         load.batch.target_count * vocabulary * (4 + (itemsize if itemsize < 4 else 0)),
         0 if recipe.data.vision_cache else images * tower.tokens * (4 * itemsize * widest + 8 * tower.width), model.queries,
+        tuple(p.numel() for p in tensors.values()),
     )  # fmt: skip
 
 
@@ -130,21 +132,28 @@ class StageEstimate:
 def estimate(costs: StageCosts, pairs: int, device: Device, gpus: int, cache_build_s: float = 0.0) -> StageEstimate:
     """Seconds of an update: each operation takes the longer of its FLOPs and its bytes at the device's rates.
 
-    On the CPU issuing an operation comes on top; a GPU computes while the host issues, so that the slower of the two counts.
+    On the CPU issuing an operation comes on top; a GPU computes while the host issues, so that the slower of the two counts.  A rank computes
+    its share of the rows, in whole rows, the fullest rank deciding, and issues the operations of its own micro-batches, full or not.
     """
-    parts, host_bound = {}, False
-    batches = costs.workload.micro_batches
+    parts, host_bound, update_s = {}, False, 0.0
+    load = costs.workload
+    share = max(1.0, math.ceil(load.rows / gpus - 1e-9)) / load.rows if gpus > 1 else 1.0
+    issued = own_micro_batches(load.micro_batches, gpus) / load.micro_batches
     for part, cost in costs.update.items():
         on_device = device.seconds(cost)
         issuing = cost.count * device.operation_s
-        host_bound = host_bound or (part == BLOCKS and device.overlaps and issuing > on_device)
         parts[part] = max(on_device, issuing) if device.overlaps else on_device + issuing
-    own = math.ceil(batches / gpus - 1e-9)  # whole micro-batches; the slowest rank decides
-    share = own / batches
-    update_s = parts[OPTIMISER] + share * sum(s for part, s in parts.items() if part != OPTIMISER)
+        computed, called = (1.0, 1.0) if part == OPTIMISER else (share, issued)
+        on_device, issuing = computed * on_device, called * issuing
+        host_bound = host_bound or (part == BLOCKS and device.overlaps and issuing > on_device)
+        update_s += max(on_device, issuing) if device.overlaps else on_device + issuing
     summing_s = 2 * (gpus - 1) / gpus * 4 * costs.trainable / device.link_bytes_s
-    idle = 1.0 - batches / (own * gpus)
-    return StageEstimate(costs, pairs, update_s + summing_s, parts, host_bound, idle, cache_build_s)
+    return StageEstimate(costs, pairs, update_s + summing_s, parts, host_bound, 1.0 - 1.0 / (share * gpus), cache_build_s)
+
+
+def own_micro_batches(micro_batches: float, gpus: int) -> float:
+    """Of one rank in an average update of so many in all: whole ones, equally many on every rank, the last of them perhaps less than full."""
+    return micro_batches if gpus == 1 else max(1.0, math.ceil(micro_batches / gpus - 1e-9))
 
 
 def largest_micro_batch(costs: StageCosts, fixed_bytes: float, device: Device, rows: int) -> int:

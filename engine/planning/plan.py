@@ -9,16 +9,16 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..data.feature_table import Layout
 from ..data.packing import DataError, Subset
 from ..dry_run import GIB, Plan, make_plan
 from ..prompt_cache import AUTO_SHARE, spared_share
 from ..recipe import TransferRecipe
-from .communication import Frozen, scaling
+from .communication import scaling
 from .costs import TOWER, VPG_, StageCosts, StageEstimate, estimate, largest_micro_batch
 from .devices import RESERVED_BYTES, Device, find_device
+from .layout import GATHERED_ITEM, frozen_blocks, rank_memory
 from .options import check_options
 from .switches import flipped, savings, switches
 from .trace import Cost, Setting, trace_tower
@@ -92,9 +92,10 @@ def _stage(plan: Plan, index: int, device: Device, gpus: int, price: float | Non
         images = sum(_images_seen(plan, s) or 0 for s in plan.shapes) * data.views
         build_s = _tower_seconds(tower, device) * images / load.encodings
     made = estimate(costs, item.pairs, device, gpus, build_s)
-    fixed = sum(v for k, v in item.memory.items() if "activations" not in k and "working" not in k)
+    memory = rank_memory(plan, index, gpus, device)
+    fixed = sum(v for k, v in memory.items() if "activations" not in k and "working" not in k)
     largest = largest_micro_batch(costs, fixed, device, data.rows_per_micro_batch)
-    total = sum(item.memory.values()) + (RESERVED_BYTES if device.overlaps else 0)
+    total = sum(memory.values()) + (RESERVED_BYTES if device.overlaps else 0)
     hours = made.stage_s * gpus / 3600
     fits = total <= device.memory_bytes
     parts = {
@@ -106,9 +107,9 @@ def _stage(plan: Plan, index: int, device: Device, gpus: int, price: float | Non
     }  # fmt: skip
     return {
         "name": item.stage.name, "trains": item.stage.trains, "trainable": item.trainable, "updates": item.updates, "pairs": item.pairs,
-        "memory_bytes": {**item.memory, "total with what the device reserves": total}, "fits": fits,
+        "memory_bytes": {**memory, "total with what the device reserves": total}, "fits": fits,
         "rows_per_micro_batch": data.rows_per_micro_batch, "largest_rows_per_micro_batch": largest,
-        "rows_an_update_and_gpu": load.rows / gpus, "remedy": None if fits else _remedy(fixed, largest, device, gpus, item.memory),
+        "rows_an_update_and_gpu": load.rows / gpus, "remedy": None if fits else _remedy(fixed, largest, device, gpus, memory),
         "parts": parts, "flops_a_pair": costs.all_flops_a_pair, "exaflops": item.pairs * costs.all_flops_a_pair / 1e18,
         "micro_batches_an_update": load.micro_batches, "tokens_a_pair": load.tokens / load.pairs, "images_a_pair": load.encodings / load.pairs,
         "pairs_per_s": made.pairs_per_s, "pairs_per_s_per_gpu": made.pairs_per_s / gpus, "idle_share": made.idle_share,
@@ -155,17 +156,10 @@ def _communication(plan: Plan, costs: StageCosts, pairs: int, device: Device) ->
     """Rows for 8 to 64 GPUs; nothing on the CPU, which has no links of a known rate."""
     if not device.overlaps:
         return []
-    size, llm = plan.compute_dtype.itemsize, plan.model.llm
-    with_tower = not plan.recipe.data.vision_cache
-    frozen = Frozen(
-        size * plan.tower.parameter_count * with_tower, _blocks(plan.tower), size * sum(p.numel() for p in llm.parameters()), _blocks(llm)
-    )  # fmt: skip
     alone = estimate(costs, pairs, device, 1)
-    return scaling(costs, alone.seconds, alone.update_s, frozen, device)
-
-
-def _blocks(part: nn.Module) -> int:
-    return max((len(m) for m in part.modules() if isinstance(m, nn.ModuleList)), default=1)
+    return scaling(
+        costs, alone.seconds, alone.update_s, frozen_blocks(plan), device, optimizer=plan.recipe.distribution.optimizer
+    )
 
 
 def _utilisation(made: StageEstimate, device: Device, gpus: int) -> float | None:
@@ -193,7 +187,7 @@ def _remedy(fixed: float, largest: int, device: Device, gpus: int, memory: dict[
         return f"set data.rows_per_micro_batch={largest}"
     frozen = sum(v for k, v in memory.items() if k.startswith("frozen"))
     text = f"weights, gradients and moments alone take {fixed / GIB:.1f} GiB of {device.memory_bytes / GIB:.1f} GiB; "
-    if fixed - frozen + frozen / max(gpus, 8) < 0.8 * device.memory_bytes:
+    if GATHERED_ITEM not in memory and fixed - frozen + frozen / max(gpus, 8) < 0.8 * device.memory_bytes:
         text += f"sharding the frozen parts ({frozen / GIB:.1f} GiB) over {max(gpus, 8)} GPUs would fit them (distribution.frozen=sharded, or auto); "
     return text + "choose a GPU with more memory, a smaller target.llm, or fewer data.row_tokens"
 

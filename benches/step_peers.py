@@ -40,7 +40,7 @@ from vpgtrans.engine.models.llm import wrap
 from vpgtrans.engine.models.tower import CLIP_NORM, VisionTower
 from vpgtrans.engine.models.vision import eva_vit
 from vpgtrans.engine.models.vlm import VisionLanguageModel
-from vpgtrans.engine.models.vpg import LN_VISION_EPS, VPG
+from vpgtrans.engine.models.vpg import LN_VISION_EPS, VPG, VPGOutput
 from vpgtrans.engine.optim import build_adamw
 from vpgtrans.engine.planning.trace import count_flops
 from vpgtrans.engine.pretrain.tokenizer import train_word_level
@@ -415,8 +415,16 @@ class Tuned(Transformers):
         return self.fused_loss(head, states, labels) / self.targets
 
 
+# Operations of kernels/ in place of torch's; without a variant those that a recipe's `auto` gives.
+VARIANTS = {
+    "latents": ("qformer_attention",),
+    "kernels": tuple(name for name in Kernels.model_fields if name != "frozen_linear"),
+    "fp8": tuple(Kernels.model_fields),
+}
+
+
 class Engine(Peer):
-    """The engine's update, with torch's operations (`auto` in a recipe, as long as nothing has been measured), kernels, or kernels and FP8."""
+    """The engine's update, or a variant of it."""
 
     sources = ("live", "vision cache", "prompt cache")
 
@@ -427,11 +435,10 @@ class Engine(Peer):
         self.modules = self.model
         self.fuses_adamw = False
         if variant:
-            names = [n for n in Kernels.model_fields if variant == "fp8" or n != "frozen_linear"]
-            chosen = Kernels(**dict.fromkeys(names, "kernel"))
+            chosen = Kernels(**dict.fromkeys(VARIANTS[variant], "kernel"))
             log = SimpleNamespace(say=lambda *_: None)
-            use_kernels(chosen, self.model.llm, self.tower, self.runtime, log)
-            self.fuses_adamw = True
+            use_kernels(chosen, self.model, self.tower, self.runtime, log)
+            self.fuses_adamw = chosen.adamw_step == "kernel"
         self.stage = 2
 
     def load(self, stage: int, captions: int, row_tokens: int = 512, rows: int = 8, **setting: Any) -> dict[str, Any]:
@@ -446,7 +453,9 @@ class Engine(Peer):
         packed = model.llm.pack(
             groups, data, model.queries, row_tokens=row_tokens, rows_per_batch=rows, fixed_shape=self.device.type == "cuda"
         )  # fmt: skip
-        self.batches = [(b.to(self.device), torch.tensor([g.image for g in b.groups])) for b in packed]
+        self.batches = [
+            (b.to(self.device), torch.tensor([g.image for g in b.groups], device=self.device)) for b in packed
+        ]
         self.targets = sum(b.target_count for b in packed)
         model.eval()
         with torch.no_grad():
@@ -481,7 +490,7 @@ class Engine(Peer):
 
     def loss_sum(self, batch: Any, images: Tensor, source: str) -> Tensor:
         if source == "prompt cache":
-            return self.model.llm.loss_sum(self.model.projector(self.prompts[images]), batch)
+            return self.model.loss_sum(VPGOutput(self.prompts[images]), batch)
         features = self.tower.features(self.pixels[images]) if source == "live" else self.features[images]
         return self.model.loss_sum(features, batch)
 
@@ -561,7 +570,7 @@ PEERS: dict[str, Callable[..., Peer]] = {
 
 
 def make_peer(name: str, settings: Settings, base: Blip2ForConditionalGeneration | None = None) -> Peer:
-    """name: of PEERS, or "engine, kernels", "engine, fp8"."""
+    """name: of PEERS, or "engine, " and one of VARIANTS."""
     kind, _, variant = name.partition(", ")
     return PEERS[kind](settings, base, variant) if variant else PEERS[kind](settings, base)
 

@@ -5,8 +5,9 @@ reads the clock.  On a GPU it records an event in the stream, which is read in t
 times of the device, idle moments included, and nothing waits for it in between.
 
 FLOPs are those of the plain formulation (torch's own operations, no kernels), forward and backward, counted once a stage by running one
-micro-batch on the meta device, and scaled by the images, tokens and targets that were computed.  They are set against a product of large
-matrices, measured at the start.
+micro-batch on the meta device, and scaled by the images, tokens and targets that were computed: padding counts (`computed_tokens_per_s` against
+`tokens_per_s` tells how much), and so does every query and key of a row, seen or not.  They are set against a product of large matrices, measured
+at the start, over the time of updates alone: `flop_utilisation`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from .data.features import Computed
 from .data.packing import Batch, Group, PackedBatch, TokenisedCaptions
 from .models.tower import VisionTower
 from .models.vlm import VisionLanguageModel
@@ -43,9 +45,9 @@ COUNTED_IMAGES = 64  # at most, of the micro-batch whose FLOPs are counted
 
 @dataclass(frozen=True)
 class WorkRates:
-    """FLOPs, forward and backward, of one encoding by the tower (0 where it is cached), of one image's VPG and projector, of one computed token
-    of the language model, of one supervised position at its head; of these, of one image's projector, and, together, of an
-    average pair."""
+    """FLOPs, forward and backward, of one encoding by the tower, of one image's VPG and projector, of one computed token of the language model,
+    of one supervised position at its head; of one image's projector alone; of an average pair, without what caches spare (a vision cache is full,
+    a prompt cache is none); of one image's frozen VPG where its prompts are stored, which `image` leaves out then."""
 
     encoding: float
     image: float
@@ -53,26 +55,33 @@ class WorkRates:
     target: float
     projector: float = 0.0
     pair: float = 0.0
+    prompt: float = 0.0
 
 
 @dataclass
 class Work:
-    """What was computed: images, tokens (`used` of them hold something), supervised positions."""
+    """What was computed: images, those of them that the tower encoded and whose prompts a frozen VPG made for a store, tokens (`used` of them hold
+    something), supervised positions."""
 
     images: int = 0
+    encodings: int = 0
+    prompts: int = 0
     tokens: int = 0
     used: int = 0
     targets: int = 0
 
-    def add(self, batch: Batch, queries: int) -> None:
+    def add(self, batch: Batch, queries: int, computed: Computed) -> None:
         used, tokens = token_counts(batch, queries)
         self.images += len(batch.groups)
+        self.encodings += computed.encodings
+        self.prompts += computed.prompts
         self.tokens += tokens
         self.used += used
         self.targets += batch.target_count
 
     def flops(self, rates: WorkRates) -> float:
-        return self.images * (rates.encoding + rates.image) + self.tokens * rates.token + self.targets * rates.target
+        of_images = self.encodings * rates.encoding + self.prompts * rates.prompt + self.images * rates.image
+        return of_images + self.tokens * rates.token + self.targets * rates.target
 
 
 def token_counts(batch: Batch, queries: int) -> tuple[int, int]:
@@ -111,13 +120,12 @@ def work_rates(
     model.freeze_for(stage.trains, stage.frozen_dropout)
     batch = first_batch(model, data, layout)
     work = Work()
-    work.add(batch, model.queries)
+    work.add(batch, model.queries, Computed(0 if layout.vision_cache else len(batch.groups)))
     meta = torch.device("meta")
     dtype = next(model.llm.parameters()).dtype
     with _FlopCount() as encoding:
-        if not layout.vision_cache:
-            pixels = torch.empty(1, 3, tower.image_size, tower.image_size, device=meta)
-            _on_meta(tower, {}).float().features(pixels)
+        pixels = torch.empty(1, 3, tower.image_size, tower.image_size, device=meta)
+        _on_meta(tower, {}).float().features(pixels)
     bare = _on_meta(model, {id(model.llm.tokenizer): model.llm.tokenizer})
     with _FlopCount() as image:
         prompts = bare.soft_prompts(torch.empty(work.images, tower.tokens, tower.width, device=meta))
@@ -153,7 +161,8 @@ def _on_meta(module: nn.Module, kept: dict[int, Any]) -> Any:
 def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a product of large square matrices, the best of those that fit into a fraction of a second; waits for the device."""
     side = PEAK_SIDE[device.type]
-    a = torch.ones(side, side, device=device, dtype=dtype)
+    # Random: on a GPU a product of equal numbers draws less power and runs faster than any that a model has.
+    a = torch.randn(side, side, device=device, dtype=dtype, generator=torch.Generator(device).manual_seed(0))
     best, until = float("inf"), time.perf_counter() + PEAK_SECONDS_CPU
     runs = 0
     while runs < 3 or (device.type == "cpu" and time.perf_counter() < until):
@@ -194,6 +203,7 @@ class CostMeter:
         self._read: dict[str, float] = dict(self.seconds)
         self._since_log = Work()
         self._stage_began = "", 0, 0.0  # name, pairs of it that were done, seconds of training before
+        self._stage_flops = 0.0  # since then, of all ranks
 
     def _recorded(self) -> torch.cuda.Event:
         event = self._spare.pop() if self._spare else torch.cuda.Event(enable_timing=True)
@@ -214,18 +224,21 @@ class CostMeter:
         if torch.is_grad_enabled():
             self.lap(PROMPTS)
 
-    def count(self, batch: Batch, queries: int) -> None:
-        """Note a micro-batch that is still on the host."""
-        self._since_log.add(batch, queries)
+    def count(self, batch: Batch, queries: int, computed: Computed) -> None:
+        """Note a micro-batch that is still on the host, and what was computed of its images."""
+        self._since_log.add(batch, queries, computed)
 
     def begin_stage(self, name: str, done_pairs: int, seconds: float, prompts_are_stored: bool = False) -> None:
-        """done_pairs: of the stage.  seconds: of training so far, as `gpu_hours` counts them.  prompts_are_stored: of an image only the projector
-        counts then, though what is absent from the store is still computed."""
+        """done_pairs: of the stage.  seconds: of training so far, as `gpu_hours` counts them.  prompts_are_stored: the VPG counts for those images
+        alone that it runs for."""
         if prompts_are_stored:
             rates = self.rates[name]
-            self.rates[name] = replace(rates, encoding=0.0, image=rates.projector)
+            self.rates[name] = replace(rates, image=rates.projector, prompt=rates.image - rates.projector)
         self._stage_began = name, done_pairs, seconds
+        self._stage_flops = 0.0
         self.lap(OTHER)
+        self.settle()
+        self._read, self._since_log = dict(self.seconds), Work()  # a stage that ended early has left some
 
     def settle(self) -> None:
         """Read the events; waits for the device only where nobody has since the last lap."""
@@ -253,6 +266,7 @@ class CostMeter:
         if world > 1:
             sums = self.runtime.sum_(sums.to(self.runtime.device)).cpu()
         used, tokens, flops, waited_s, device_s = sums.tolist()
+        self._stage_flops += flops
         device_s = max(device_s, 1e-9)
         return {
             "tokens_per_s": used * world / device_s,
@@ -263,13 +277,17 @@ class CostMeter:
         }
 
     def seconds_to_go(self, done_pairs: int, seconds: float) -> float:
-        """Of training until the end of the last stage: at this stage's pace, the others' by their FLOPs a pair."""
+        """Of training until the end of the last stage: at this stage's mean pace, the others' by their FLOPs a pair.
+
+        A stage that fills a cache gets quicker, so that the estimate for its own rest comes down.
+        """
         name, before_pairs, before_s = self._stage_began
-        pace_s = (seconds - before_s) / max(1, done_pairs - before_pairs)
+        done = max(1, done_pairs - before_pairs)
+        pace_s, a_pair = (seconds - before_s) / done, self._stage_flops / done or self.rates[name].pair
         names = list(self.stage_pairs)
         later = names[names.index(name) + 1 :]
         pairs = self.stage_pairs[name] - done_pairs
-        pairs += sum(self.stage_pairs[n] * self.rates[n].pair / self.rates[name].pair for n in later)
+        pairs += sum(self.stage_pairs[n] * self.rates[n].pair / a_pair for n in later)
         return pace_s * pairs
 
     def breakdown(self) -> dict[str, dict[str, float]]:

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import yaml
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 from .checkpoint import write_json
 from .recipe import Recipe, RecipeError, TransferRecipe, load_recipe
@@ -63,8 +64,8 @@ def main(options: argparse.Namespace) -> int:
         console.print(f"reused: {', '.join(reused)}")
     failed = _run_all(jobs, set(reused), workers, logs)
     if failed:
-        console.print(f"[red]failed:[/] {failed}; the end of {logs / (failed + '.log')}:")
-        console.print((logs / f"{failed}.log").read_text()[-3000:], markup=False)
+        console.print(Text.assemble(("failed:", "red"), f" {failed}; the end of {logs / (failed + '.log')}:"))
+        console.print((logs / f"{failed}.log").read_text()[-3000:])
         return 1
     runs = [job.folder for job in jobs.values() if not job.kept]
     report = write_report(

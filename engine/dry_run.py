@@ -246,9 +246,9 @@ def _memory(tower: VisionTower, model: VisionLanguageModel, costs: StageCosts, c
 
 
 def _print(plan: Plan) -> None:
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     if not console.is_terminal:
-        console = Console(highlight=False, width=150)
+        console = Console(highlight=False, markup=False, width=150)
     recipe = plan.recipe
     console.print(f"{recipe.name}: dry run, nothing is read into memory and nothing is written", markup=False)
     parts = Table(title="parts", title_justify="left")

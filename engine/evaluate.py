@@ -105,7 +105,7 @@ def _format(options: argparse.Namespace) -> CaptionFormat:
 
 def _say_refused(report: RefusalReport) -> None:
     if report.named:
-        console.print(f"[yellow]{report.summary()}[/]")
+        console.print(report.summary(), style="yellow")
 
 
 def _caption_task(
@@ -118,7 +118,7 @@ def _caption_task(
     tokens = {r.image_id: " ".join(ptb_tokenize(t)) for r, t in zip(records, texts, strict=True)}
     references = {r.image_id: [" ".join(ptb_tokenize(c)) for c in r.captions] for r in records}
     if empty := [image for image, text in tokens.items() if not text]:
-        console.print(f"[yellow]{len(empty)} empty captions, scored as the word 'empty'[/]")
+        console.print(f"{len(empty)} empty captions, scored as the word 'empty'", style="yellow")
         tokens |= dict.fromkeys(empty, "empty")
     names = ("cider", "bleu", "rouge")
     if options.task == "caption":

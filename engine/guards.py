@@ -37,6 +37,7 @@ NOTICED, FAILED = 1, 2
 # In these a notice waits for the end of the update; everywhere else it is followed at once.
 DEFERRING = ("update", "save")
 NAMED_FILES = 64
+SEEN_WITHIN_S = 60.0  # network file systems remember for as long that a file was not there
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
@@ -63,18 +64,20 @@ def guarded(recipe: TransferRecipe) -> Iterator[tuple[Runtime, Guard]]:
             )
             notice.install()  # not before: a rank that waits for others to come hears nothing, and has nothing to save
             end_with_the_launcher()
+            failed = True
             try:
                 guard = Guard(recipe, runtime, notice)
                 try:
                     yield runtime, guard
                     guard.writer.finish()
+                    failed = False
                 except BaseException as error:
                     guard.explain(error)
                     raise
                 finally:
                     guard.close()
             finally:
-                stop()
+                stop(failed)
     finally:
         notice.remove()
 
@@ -136,6 +139,18 @@ class Guard:
             problem = self._lock.take()
         else:
             problem = _cannot_write(self.folder / "ranks")
+        self._agree(problem)
+        if self.runtime.world_size > 1:
+            owner = self.runtime.gather(self._lock.owner)[0]
+            self._agree(None if self.runtime.is_main else _not_shared(self.folder, owner))
+        if self.runtime.is_main:
+            # A world that was larger has left heartbeats that nobody writes any more.
+            for path in (self.folder / "ranks").glob("rank-*.json"):
+                if int(path.stem.removeprefix("rank-")) >= self.runtime.world_size:
+                    path.unlink(missing_ok=True)
+
+    def _agree(self, problem: str | None) -> None:
+        """Raise StartError on all ranks where one of them has a problem; rank 0 tells it."""
         for rank, of_rank in enumerate(self.runtime.gather(problem)):
             if of_rank:
                 where = f"rank {rank}: " if self.runtime.world_size > 1 else ""
@@ -195,7 +210,12 @@ class Guard:
         """Save and raise StoppedOnNotice, on every rank."""
         self.at("save")
         save()
-        self.writer.finish()
+        try:
+            self.writer.finish()
+        finally:
+            if self._group is not None:
+                # torchrun gives the others 30 s as soon as one rank has ended: none ends before rank 0 has written.
+                dist.barrier(group=self._group)
         error = StoppedOnNotice(
             f"on {self._notice.received or 'a notice to another rank'} after update {self._heartbeat.update:,}; saved in {self.writer.root}; "
             "the same command goes on from there"
@@ -301,6 +321,21 @@ def _cannot_write(folder: Path) -> str | None:
     except OSError as error:
         return f"output.folder: expected a folder that can be written, got {folder.parent} ({error.strerror}); choose another"
     return None
+
+
+def _not_shared(folder: Path, owner: str) -> str | None:
+    """What is wrong where this rank does not see the lock that rank 0 has just written."""
+    deadline = time.monotonic() + SEEN_WITHIN_S
+    while True:
+        with contextlib.suppress(OSError):
+            if (folder / ".lock").read_text() == owner:
+                return None
+        if time.monotonic() > deadline:
+            return (
+                f"output.folder: expected one folder for all ranks, but {folder.absolute()} on {socket.gethostname()} is not the one that rank 0 "
+                "writes to; give a folder on a shared file system"
+            )
+        time.sleep(0.1)
 
 
 def _where_and_when(runtime: Runtime) -> dict[str, str]:

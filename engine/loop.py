@@ -115,7 +115,7 @@ def run(recipe: TransferRecipe) -> dict[str, Any]:
 def _run(recipe: TransferRecipe, runtime: Runtime, guard: Guard, about_loader: str | None) -> dict[str, Any]:
     check_layout(recipe.distribution, runtime)
     folder = recipe.output.folder
-    found, passed_over = latest_checkpoint(folder / "checkpoints")
+    found, passed_over = _common_checkpoint(folder / "checkpoints", runtime)
     progress = Progress(**_state(found)) if found else Progress()
     if found:
         _check_same_recipe(recipe, folder)
@@ -156,6 +156,26 @@ def _run(recipe: TransferRecipe, runtime: Runtime, guard: Guard, about_loader: s
         return outcome.finish(this)
     finally:
         log.close()
+
+
+def _common_checkpoint(root: Path, runtime: Runtime) -> tuple[Path | None, list[str]]:
+    """`latest_checkpoint`; CheckpointError on all ranks, told by rank 0, where one of them finds none that is whole, or another one."""
+    problem, found, passed_over = None, None, []
+    try:
+        found, passed_over = latest_checkpoint(root)
+    except CheckpointError as error:
+        problem = str(error)
+    of_ranks = runtime.gather((problem, found.name if found else "none"))
+    names = [name for _, name in of_ranks]
+    wrong = next((problem for problem, _ in of_ranks if problem), None)
+    if wrong is None and len(set(names)) > 1:
+        wrong = f"{root}: expected one newest checkpoint, found {', '.join(f'{n} on rank {r}' for r, n in enumerate(names))}; see whether all ranks "
+        wrong += "have the same output.folder, and start again"
+    if wrong is not None:
+        error = CheckpointError(wrong)
+        error.quiet = not runtime.is_main
+        raise error
+    return found, passed_over
 
 
 def _check_same_recipe(recipe: TransferRecipe, folder: Path) -> None:
@@ -296,6 +316,8 @@ def _train_stage(this: Run, index: int, checkpoint: Path | None) -> None:
             0,
         )
         progress.unlogged = [0.0] * 3
+    for tensor in _trained_so_far(this, index).values():
+        this.runtime.broadcast_(tensor)  # machines may round a converter differently, and replicas never meet again
     order = _order(this, stage)
     total = _stage_pairs(stage, order)
     this.meter.stage_pairs = {s.name: _stage_pairs(s, _order(this, s)) for s in recipe.stages}
@@ -456,8 +478,8 @@ def _accumulate(
         reduction.begin()
     for number, (batch, prepared) in enumerate(batches, 1):
         this.meter.lap(cost.WAITING)
-        this.meter.count(batch, this.model.queries)
         features = this.features.finish(prepared)
+        this.meter.count(batch, this.model.queries, this.features.computed)
         this.meter.lap(cost.TOWER)
         with this.runtime.autocast():
             count = (
@@ -526,15 +548,17 @@ def _log_train(
 def _evaluate_or_leave(this: Run, index: int, stage: Stage, optimizer) -> bool:
     """Evaluate; a notice breaks it off: the update before is saved, and the evaluation is the first thing that the resumed run does."""
     captioned_at = this.progress.captioned_at
+    this.progress.evaluation_due = False
 
     def save() -> None:
         this.progress.captioned_at, this.progress.evaluation_due = captioned_at, True
         _save(this, optimizer)
         this.progress.evaluation_due = False
 
-    # Among ranks that share the moments, saving takes all of them.
-    this.guard.at("evaluation", on_notice=None if isinstance(optimizer, ShardedAdamW) else save)
+    if isinstance(optimizer, ShardedAdamW):
+        optimizer.consolidate()  # here, where all ranks are: then rank 0 can save by itself in the middle of the evaluation
     try:
+        this.guard.at("evaluation", on_notice=save)  # follows what came in the update before
         enough = _evaluate(this, index, stage)
     except StoppedOnNotice:
         this.guard.save_and_leave(save)
@@ -554,6 +578,9 @@ def _evaluate(this: Run, index: int, stage: Stage) -> bool:
     ):
         scores.update(this.validator.captions(this.model)[0])
         progress.captioned_at = progress.pairs
+    scores = this.runtime.gather(scores)[
+        0
+    ]  # each rank has written captions of its own; all must take the same decisions
     this.guard.at("save")  # what follows is done or not done
     this.log.event(
         "eval", stage=stage.name, step=progress.step, pairs=progress.pairs, seconds=progress.seconds, **scores
@@ -571,6 +598,7 @@ def _evaluate(this: Run, index: int, stage: Stage) -> bool:
 
 def _save(this: Run, optimizer) -> None:
     watch = this.watch
+    this.meter.settle()
     this.progress.unlogged = this.unlogged.tolist()
     this.progress.watch = {
         "first_loss": watch.first_loss, "warm_up_end": watch.warm_up_end, "diverged": watch.diverged, "regressed": watch.regressed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from torch import nn
 
 from .checkpoint import write_json
 from .cost import EVALUATION, cost_table
+from .data.images import ImageRefused
 from .data.packing import UpdateOrder
 from .data.prompts import CAPTION_PROMPT, vqa_prompt
 from .data.token_table import TokenTable
@@ -116,11 +118,20 @@ def report_refusals(log: RunLog, folder: Path, captions: TokenTable) -> None:
 
 def report_bad_images(this: Run) -> None:
     """Name the images that any rank has found unusable since the last call; every rank must call it."""
-    found = this.runtime.gather({this.data.records[i].path: why for i, why in list(this.features.unusable.items())})
+    unusable = list(this.features.unusable.items())
+    found = this.runtime.gather({_image_file(this.data.records, image): why for image, why in unusable})
     for path, why in sorted((str(path), why) for of_rank in found for path, why in of_rank.items()):
         if path not in this.progress.bad_images:
             this.progress.bad_images[path] = why
             this.log.warn("bad_image", f"{why}; its captions are left out", step=this.progress.step, file=path)
+
+
+def _image_file(records: Sequence[Any], image: int) -> str:
+    """Where an unusable image lies; a record of a packed set may be damaged itself."""
+    try:
+        return str(records[image].path)
+    except ImageRefused as fault:
+        return fault.path
 
 
 def save_model(this: Run, name: str) -> Path:
@@ -147,8 +158,11 @@ def finish(this: Run) -> dict[str, Any]:
     last = save_model(this, "last")
     best = folder / "best" if (folder / "best").is_dir() else last
     if this.runtime.is_main:
+        temporary = folder / ".model.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.copytree(best, temporary)
         shutil.rmtree(folder / "model", ignore_errors=True)
-        shutil.copytree(best, folder / "model")
+        temporary.rename(folder / "model")
     this.runtime.wait()  # for rank 0's copy
     _load_into(this.model, folder / "model")
     scores: dict[str, float] = {}
@@ -184,7 +198,8 @@ def finish(this: Run) -> dict[str, Any]:
         f"{recipe.name}: validation loss {final_loss:.4f} (best {summary['best_val_loss']:.4f} at {progress.best_pairs:,} pairs)  {shown}"
     )
     log.say(
-        f"{progress.pairs:,} pairs in {duration(progress.seconds)}; wrote {folder}/model, summary.json, log.jsonl, captions.json, samples.json"
+        f"{progress.pairs:,} pairs in {duration(progress.seconds)}; wrote {folder}/model, summary.json, log.jsonl"
+        + (", captions.json, answers.json, samples.json" if recipe.evaluation.generate_images else "")
     )
     return summary
 

@@ -25,7 +25,8 @@ def run_device(recipe: TransferRecipe) -> torch.device:
 
 
 def machine_problems(recipe: TransferRecipe) -> list[str]:
-    """What the recipe asks for by name and this machine cannot do, one line each; looks at no file and loads nothing."""
+    """What the recipe asks for by name and this machine cannot do, one line each; loads nothing (of the target, its config
+    where `attention` names a back end)."""
     if recipe.device == "cuda" and not torch.cuda.is_available():
         return ["device: expected a CUDA GPU, found none; set device=cpu or device=auto"]
     device = run_device(recipe)

@@ -818,7 +818,9 @@ def load_recipe(
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Write the resolved recipe, every default included, as YAML that `load_recipe` reads back."""
-    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    temporary = path.with_name(f".{path.name}.tmp")  # other ranks, and runs that follow, read it at any time
+    temporary.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    temporary.replace(path)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -64,6 +64,8 @@ def use_regions(
     graphs = graphs_unsupported_reason(device)
     if graphs is None and not isinstance(model.llm, CausalLanguageModel):
         graphs = "an encoder-decoder has no rows of a fixed shape"
+    if graphs is None and model.llm.is_sharded:
+        graphs = "distribution.frozen shards the blocks, whose weights lie elsewhere each time that they are gathered"
     back_end = getattr(model.llm, "back_end", None)
     if graphs is None and back_end is not None:
         graphs = f"attention is {back_end}, whose layout of the rows has another shape every micro-batch"

@@ -11,8 +11,11 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
-console = Console(stderr=True, highlight=False)
+console = Console(
+    stderr=True, highlight=False, markup=False
+)  # of markup, `pip install 'vpgtrans[triton]'` would lose its extra
 PLAIN_LINE_SECONDS = 10.0
 
 
@@ -46,12 +49,14 @@ class RunLog:
         if not enabled:
             if rank_log is not None:
                 rank_log.parent.mkdir(parents=True, exist_ok=True)
-                self._file = rank_log.open("a" if resume_at is not None else "w", buffering=1)
+                kept = _events_up_to(rank_log, resume_at) if resume_at is not None else []
+                _replace(rank_log, "".join(json.dumps(e) + "\n" for e in kept))
+                self._file = rank_log.open("a", buffering=1)
             return
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / name
         kept = _events_up_to(path, resume_at) if resume_at is not None else []
-        path.write_text("".join(json.dumps(e) + "\n" for e in kept))
+        _replace(path, "".join(json.dumps(e) + "\n" for e in kept))
         self._file = path.open("a", buffering=1)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -80,7 +85,7 @@ class RunLog:
     def warn(self, name: str, message: str, **fields: Any) -> None:
         """A named warning, on the screen and in the log."""
         if self.enabled:
-            console.print(f"[yellow]warning {name}:[/] {message}")
+            console.print(Text.assemble((f"warning {name}:", "yellow"), f" {message}"))
         self.event("warning", name=name, message=message, **fields)
 
     def say(self, message: Any) -> None:
@@ -95,7 +100,8 @@ class RunLog:
         if console.is_terminal:
             if self._progress is None:
                 self._progress = Progress(
-                    TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f}%"), TextColumn("{task.fields[text]}"),
+                    TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.percentage:3.0f}%"),
+                    TextColumn("{task.fields[text]}", markup=False),
                     TimeRemainingColumn(), console=console, transient=True,
                 )  # fmt: skip
                 self._progress.start()
@@ -133,6 +139,13 @@ def _open_wandb(project: str, folder: Path) -> Any:
 
     key = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]
     return wandb.init(project=project, name=folder.name, dir=str(folder), id=key, resume="allow")
+
+
+def _replace(path: Path, text: str) -> None:
+    """A kill leaves the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 def _events_up_to(path: Path, step: int) -> list[dict[str, Any]]:

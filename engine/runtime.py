@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .startup import StartError, compare_ranks, read_world
+from .startup import StartError, compare_ranks, meet, read_world
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,14 @@ class Runtime:
         if self.world_size > 1:
             dist.all_reduce(value)
         return value
+
+    @torch.no_grad()
+    def broadcast_(self, value: Tensor) -> None:
+        """Give a tensor rank 0's values on all ranks, in place."""
+        if self.world_size > 1:
+            whole = value.contiguous()
+            dist.broadcast(whole, 0)
+            value.copy_(whole)
 
     def gather(self, value: Any) -> list[Any]:
         """A picklable value of every rank, in the order of the ranks."""
@@ -87,6 +96,10 @@ def start(
             f"environment: expected LOCAL_RANK below the {torch.cuda.device_count()} GPUs of this machine, got {local_rank}; start as many "
             "processes as there are GPUs"
         )
+    if kind == "cuda" and world_size > 1 and "LOCAL_RANK" not in os.environ:
+        raise StartError(
+            "environment: expected LOCAL_RANK, by which ranks of one machine choose their GPUs, found none; start with torchrun, which sets it"
+        )
     target = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
         torch.cuda.set_device(target)
@@ -106,13 +119,14 @@ def start(
 def _join(backend: str, rank: int, world_size: int, timeout_s: float, same: dict[str, str]) -> None:
     """Meet the other ranks, compare what they were started with, and make the process group."""
     timeout = timedelta(seconds=timeout_s)
-    # torchrun keeps one store over its restarts, with the addresses of ranks that are gone.
-    attempt = f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     try:
         store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
         store.set_timeout(timeout)
-        own = dist.PrefixStore(attempt, store)
-        compare_ranks(dist.PrefixStore("vpgtrans", own), rank, world_size, same, timeout_s)
+        since = time.monotonic()
+        start = meet(dist.PrefixStore("vpgtrans", store), rank, world_size, timeout_s)
+        own = dist.PrefixStore(start, store)
+        same = {**same, "environment: WORLD_SIZE": str(world_size)}
+        compare_ranks(dist.PrefixStore("vpgtrans", own), rank, world_size, same, timeout_s, since)
         group_store = dist.PrefixStore("default_pg", own)
         dist.init_process_group(backend, store=group_store, rank=rank, world_size=world_size, timeout=timeout)
     except StartError:
@@ -124,7 +138,12 @@ def _join(backend: str, rank: int, world_size: int, timeout_s: float, same: dict
         ) from error
 
 
-def stop() -> None:
-    """Leave the process group, if there is one."""
-    if dist.is_available() and dist.is_initialized():
+def stop(failed: bool = False) -> None:
+    """Leave the process group, if there is one.  failed: other ranks may be anywhere."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    if failed and dist.get_backend() == "nccl":
+        # Destroying finishes what is under way, and so waits for ranks that wait for this one; its message would come after their time-out.
+        dist.distributed_c10d._abort_process_group()
+    else:
         dist.destroy_process_group()

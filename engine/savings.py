@@ -37,7 +37,10 @@ def savings(recipe: TransferRecipe, model: VisionLanguageModel, choices: list[Ch
             "one token mean over the update", recipe.loss_mean == "global", True,
             f"loss_mean is {recipe.loss_mean}; gradients are summed over micro-batches and ranks, once an update",
         ),
-        Saving("no wait for the device", True, True, f"always on, but for the log every {recipe.output.log_every_updates} updates"),
+        Saving(
+            "no wait for the device", True, True,
+            f"always on, but for the log every {recipe.output.log_every_updates} updates and what a cache stores",
+        ),
         *(Saving(c.title, c.on, c.exact, c.why) for c in choices),
     ]  # fmt: skip
 
@@ -78,10 +81,12 @@ def _of_rows(recipe: TransferRecipe, model: VisionLanguageModel) -> list[Saving]
             positions,
         ]
     grouped = data.captions_per_image != 1
+    drops = any(stage.frozen_dropout for stage in recipe.stages) and model.llm.has_dropout
+    why = "one prefix an image and row; each caption sees it and itself" if grouped else "captions_per_image=1"
     return [
         Saving(
-            "shared visual prefix", grouped, True,
-            "one prefix an image and row; each caption sees it and itself" if grouped else "captions_per_image=1",
+            "shared visual prefix", grouped, not drops,
+            why + ("; the captions of an image share its dropout mask" if grouped and drops else ""),
         ),
         Saving("no padding", True, True, f"always on: rows of {data.row_tokens} tokens (data.row_tokens), best fit"),
         positions,

@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 import time
+import uuid
 from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any
@@ -66,8 +67,17 @@ def end_with_the_launcher() -> None:
     if "TORCHELASTIC_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):
         return
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() == 1:  # it died before
+    if os.getppid() == 1 and not _is_python(1):  # it died before; in a container process 1 may be the launcher itself
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _is_python(pid: int) -> bool:
+    """Whether a process runs in a Python interpreter, as every launcher of ranks does and hardly an init."""
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return True  # not known: the kernel's signal has to do
+    return "python" in Path(os.fsdecode(command.partition(b"\0")[0])).name
 
 
 def _number(name: str, default: int) -> int:
@@ -98,14 +108,49 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def compare_ranks(store: Store, rank: int, world_size: int, own: dict[str, str], timeout_s: float) -> None:
+def meet(store: Store, rank: int, world_size: int, timeout_s: float) -> str:
+    """A name for this start of the ranks, the same on all of them and never used before.
+
+    torchrun keeps one store over its restarts, with all that ranks now gone have left in it, and what it tells ranks of restarts is counted by
+    each machine for itself.  So every rank says hello under a name of its own, and rank 0 answers each with the name of the start, until all have
+    heard it or `timeout_s` is over; `compare_ranks` then says who did not come.  Raises StartError where rank 0 does not.
+    """
+    own, deadline = uuid.uuid4().hex, time.monotonic() + timeout_s
+    if rank:
+        store.set(f"hello/{rank}", own)
+        try:
+            store.wait([f"answer/{own}"], timedelta(seconds=timeout_s + GRACE_S))
+        except (DistError, RuntimeError) as error:
+            raise StartError(f"rank {rank}: rank 0 did not start, or has gone ({_line(error)})") from error
+        start = store.get(f"answer/{own}").decode()
+        store.set(f"heard/{start}/{rank}", "1")
+        return start
+    waiting, answered = set(range(1, world_size)), set()
+    while waiting:
+        for other in sorted(waiting):
+            if store.check([f"hello/{other}"]) and (name := store.get(f"hello/{other}").decode()) not in answered:
+                answered.add(name)
+                store.set(f"answer/{name}", own)
+            if store.check([f"heard/{own}/{other}"]):
+                waiting.discard(other)
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.02)
+    return own
+
+
+def compare_ranks(
+    store: Store, rank: int, world_size: int, own: dict[str, str], timeout_s: float, since: float | None = None
+) -> None:
     """Stop every rank with one message where one does not come or has other facts than rank 0; it prints, the others are quiet.
+
+    since: of `time.monotonic`, from which the time-out counts, by default now.
 
     Through the rendezvous store, because ranks of different recipes may not even agree on the back end of their process group.
     """
     store.set(f"start/{rank}", json.dumps({"at": f"{socket.gethostname()}, pid {os.getpid()}", "facts": own}))
     if rank == 0:
-        verdict = _verdict(store, world_size, own, timeout_s)
+        verdict = _verdict(store, world_size, own, timeout_s, time.monotonic() if since is None else since)
         store.set("start/verdict", verdict)
         if verdict:  # this process may be the store: it stays until the others have read
             with contextlib.suppress(DistError, RuntimeError):
@@ -121,9 +166,9 @@ def compare_ranks(store: Store, rank: int, world_size: int, own: dict[str, str],
         raise StartError(verdict, quiet=rank != 0)
 
 
-def _verdict(store: Store, world_size: int, own: dict[str, str], timeout_s: float) -> str:
+def _verdict(store: Store, world_size: int, own: dict[str, str], timeout_s: float, since: float) -> str:
     """What is wrong with the other ranks, or nothing; read by rank 0."""
-    deadline = time.monotonic() + timeout_s
+    deadline = since + timeout_s
     for rank in range(1, world_size):
         try:
             store.wait([f"start/{rank}"], timedelta(seconds=max(0.1, deadline - time.monotonic())))
@@ -144,6 +189,7 @@ class FolderLock:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self.owner = ""  # what the file says while it is ours
         self._file: IO[str] | None = None
 
     def take(self) -> str | None:
@@ -171,7 +217,8 @@ class FolderLock:
             "host": socket.gethostname(),
             "since": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()),
         }
-        file.write(json.dumps(own))
+        self.owner = json.dumps(own)
+        file.write(self.owner)
         file.flush()
         self._file = file
         return None

@@ -71,11 +71,10 @@ def _run(recipe: TransferRecipe, dry: bool) -> int:
             dry_run(recipe)
         else:
             run(recipe)
-    except RecipeError as error:
-        print(f"recipe error: {error}", file=sys.stderr)
-        return 2
-    except (CheckpointError, DataError, ImageRefused, ModelError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    except (RecipeError, CheckpointError, DataError, ImageRefused, ModelError) as error:
+        kind = "recipe error" if isinstance(error, RecipeError) else type(error).__name__
+        if not getattr(error, "quiet", False):  # another rank says the same
+            print(f"{kind}: {error}", file=sys.stderr)
         return 2
     except StartError as error:
         if not error.quiet:

@@ -10,8 +10,21 @@ import sys
 
 
 def make_fault(name: str) -> None:
-    """`nan-at-3`: this rank's third loss is not a number."""
+    """What is wrong with this rank:
+
+    nan-at-3            its third loss is not a number
+    killed-in-eval-4    it is noticed in its fourth evaluation, and killed there when it has saved what it saves
+    other-projector     it begins with other values
+    other-captions      its captions score as if it alone got worse
+    """
     from vpgtrans.engine.models.vlm import VisionLanguageModel
+
+    if name == "other-projector":
+        return begin_elsewhere()
+    if name == "other-captions":
+        return score_worse()
+    if name.startswith("killed-in-eval"):
+        return be_killed(int(name.rpartition("-")[2]))
 
     real, at, calls = VisionLanguageModel.loss_sum, int(name.rpartition("-")[2]), []
 
@@ -22,6 +35,53 @@ def make_fault(name: str) -> None:
         return loss * float("nan") if loss.requires_grad and len(calls) == at else loss
 
     VisionLanguageModel.loss_sum = loss_sum
+
+
+def be_killed(at: int) -> None:
+    import signal
+    import threading
+
+    from vpgtrans.engine.evaluation import Validator
+
+    real, calls = Validator.loss, []
+
+    def loss(self, model):
+        calls.append(1)
+        if len(calls) == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+            for thread in threading.enumerate():
+                if thread.name == "checkpoint":
+                    thread.join()
+            os._exit(9)
+        return real(self, model)
+
+    Validator.loss = loss
+
+
+def begin_elsewhere() -> None:
+    from vpgtrans.engine import loop
+
+    real = loop.build_model
+
+    def build_model(*arguments):
+        model, origins = real(*arguments)
+        model.projector.weight.data.mul_(1.001)
+        return model, origins
+
+    loop.build_model = build_model
+
+
+def score_worse() -> None:
+    from vpgtrans.engine.evaluation import Validator
+
+    real, calls = Validator.captions, []
+
+    def captions(self, model):
+        calls.append(1)
+        scores, texts = real(self, model)
+        return {**scores, "cider": -float(len(calls))}, texts
+
+    Validator.captions = captions
 
 
 if __name__ == "worker":

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from vpgtrans.engine import loop
+from vpgtrans.engine import cost, loop
 from vpgtrans.engine.cost import (
     EVALUATION,
     PARTS,
@@ -23,6 +23,7 @@ from vpgtrans.engine.cost import (
     token_counts,
     work_rates,
 )
+from vpgtrans.engine.data.features import Computed
 from vpgtrans.engine.loop import run
 from vpgtrans.engine.recipe import load_recipe
 from vpgtrans.engine.runlog import RunLog
@@ -77,6 +78,60 @@ def test_what_is_to_come_is_weighed_by_its_flops():
     assert meter.live(60, 204.0)["tokens_per_s"] == 0 and meter.live(60, 204.0)["waiting_share"] == 0
 
 
+def test_with_stored_prompts_only_what_is_computed_counts():
+    """Two images an update; the first update fills the store, the second reads it: the next stage's estimate does not depend on which."""
+    rates = WorkRates(encoding=100.0, image=30.0, token=1.0, target=0.0, projector=4.0, pair=70.0)
+    meter = CostMeter(CPU)
+    meter.rates, meter.stage_pairs, meter.peak_flops_s = {"a": rates, "b": rates}, {"a": 40, "b": 10}, 1e9
+    meter.begin_stage("a", 0, 0.0, prompts_are_stored=True)
+    meter._since_log = Work(images=2, encodings=2, prompts=2, tokens=20)
+    filling = 2 * (100 + 30) + 20
+    assert meter._since_log.flops(meter.rates["a"]) == filling
+    meter.live(4, 4.0 * filling)  # 4 s a FLOP
+    assert meter.seconds_to_go(4, 4.0 * filling) == pytest.approx(36 * filling + 4 * 10 * 70)
+    meter._since_log = Work(images=2, tokens=20)
+    reading = 2 * 4 + 20
+    assert meter._since_log.flops(meter.rates["a"]) == reading
+    both = filling + reading
+    meter.live(8, 4.0 * both)
+    assert meter.seconds_to_go(8, 4.0 * both) == pytest.approx(4 * both / 8 * 32 + 4 * 10 * 70)
+    meter._since_log = Work(images=5)  # the stage ends before its next log
+    meter.begin_stage("b", 0, 9.0)
+    assert meter.live(1, 10.0)["flop_utilisation"] == 0
+
+
+def test_a_run_counts_what_caches_leave_to_compute(tiny_recipe, monkeypatch):
+    """Two epochs of 24 images: the tower and the VPG run once for each."""
+    counted: dict[str, list[Work]] = {}
+    live = CostMeter.live
+
+    def noting(self, *given):
+        counted.setdefault(self._stage_began[0], []).append(self._since_log)
+        return live(self, *given)
+
+    monkeypatch.setattr(CostMeter, "live", noting)
+    run(load_recipe(tiny_recipe, [*SHORT, "data.transform=eval", "data.captions_per_image=all", "stages.0.pairs=240"]))
+    total = {
+        name: [sum(getattr(w, k) for w in works) for k in ("images", "encodings", "prompts")]
+        for name, works in counted.items()
+    }
+    images, encodings, prompts = total["warm_up"]
+    assert images >= 48 and encodings == prompts and 24 <= encodings < 0.7 * images
+    images, encodings, prompts = total.popitem()[1]
+    assert images == encodings > 0 == prompts
+
+
+def test_the_peak_is_of_numbers_as_a_model_has_them(monkeypatch):
+    """On a GPU a product of equal numbers is faster."""
+    seen = []
+    monkeypatch.setattr(cost, "_product_seconds", lambda a: seen.append(a) or 1.0)
+    monkeypatch.setattr(cost, "PEAK_SECONDS_CPU", 0.0)
+    state = torch.get_rng_state()
+    assert measured_peak(torch.device("cpu"), torch.bfloat16) == 2 * 1024**3
+    assert seen[0].dtype == torch.bfloat16 and 0.9 < seen[0].float().std() < 1.1
+    assert torch.equal(state, torch.get_rng_state())
+
+
 def test_the_peak_is_that_of_a_large_product():
     a = torch.ones(1024, 1024)
     before = time.perf_counter()
@@ -104,7 +159,7 @@ def test_flops_equal_those_of_the_step_itself(trains, tiny_recipe, tmp_path):
     assert torch.equal(state, torch.get_rng_state()) and rates == this.meter.rates["warm_up"]
     batch = first_batch(this.model, this.data, recipe.data)
     work = Work()
-    work.add(batch, this.model.queries)
+    work.add(batch, this.model.queries, Computed(encodings=len(batch.groups)))
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as count:
         this.model.loss_sum(this.features(batch.groups), batch).backward()
     stop()

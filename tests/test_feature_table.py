@@ -80,6 +80,17 @@ def test_a_row_without_its_checksum_is_absent_and_a_torn_one_is_replaced(tmp_pat
     assert third.verify() == 1 and third.missing() == 98 and third.holds([0, 2])
 
 
+def test_ranks_that_have_read_other_rows_check_all_of_them(tmp_path):
+    opened(tmp_path).write([3, 5], LAYOUT.encode(values(3, 5)))
+    ranks = [opened(tmp_path) for _ in range(2)]
+    ranks[1].read([3])
+    shard = ranks[0].folder / "shard-00000.bin"
+    raw = bytearray(shard.read_bytes())
+    raw[5 * LAYOUT.row_bytes] ^= 1
+    shard.write_bytes(raw)
+    assert sum(table.verify(rank, 2) for rank, table in enumerate(ranks)) == 1
+
+
 def test_each_row_is_checked_once_a_process(tmp_path, monkeypatch):
     opened(tmp_path).write([0, 1], LAYOUT.encode(values(0, 1)))
     table, checked, crc32 = opened(tmp_path), [], zlib.crc32

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,14 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from vpgtrans.engine.data.beton_member import BetonMember
 from vpgtrans.engine.data.coco import read_captions
-from vpgtrans.engine.data.feature_cache import StoredFeatures, open_features
+from vpgtrans.engine.data.feature_cache import StoredFeatures, open_features, prompt_identity, vision_identity
 from vpgtrans.engine.data.feature_table import Layout
 from vpgtrans.engine.data.features import LiveFeatures
 from vpgtrans.engine.data.packing import CaptionData, Group
 from vpgtrans.engine.data.reading import DataError
 from vpgtrans.engine.models.vision import MobileNetV2, PixelNorm, VisionTower, load_tower
-from vpgtrans.engine.recipe import Vision
+from vpgtrans.engine.models.vpg import VPG
+from vpgtrans.engine.recipe import QFormerConfig, Vision
 from vpgtrans.engine.runlog import RunLog
 from vpgtrans.engine.runtime import start
 
@@ -73,6 +76,41 @@ def test_another_tower_seed_or_transform_is_another_cache(opened, tmp_path, tiny
     assert len(caches(tmp_path)) == 4
     opened(seed=1)  # the eval transform does not depend on the seed
     assert len(caches(tmp_path)) == 4
+
+
+def test_a_changed_image_or_config_is_another_cache(opened, tmp_path, tiny_world):
+    """Of the same bytes a file, and of the same weights: a tower of other heads, epsilon or activation."""
+    opened()
+    image = sorted((tiny_world / "world" / "images").iterdir())[0]
+    changed = image.stat()
+    os.utime(image, (changed.st_atime, changed.st_mtime + 5))
+    opened()
+    assert len(caches(tmp_path)) == 2
+    os.utime(image, ns=(changed.st_atime_ns, changed.st_mtime_ns))
+    opened()
+    assert len(caches(tmp_path)) == 2
+    tower = load_tower(Vision(kind="eva_vit", path=tiny_world / "tower", image_size=32))
+    tower.module.model.config.hidden_act = "relu"
+    opened(tower=tower)
+    assert len(caches(tmp_path)) == 3
+
+
+def test_a_vpg_of_other_heads_is_another_cache(opened):
+    live = opened(cached=False)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 32, "num_query_tokens": 2}
+    keys = set()
+    for heads, dropout in ((2, 0.1), (4, 0.1), (4, 0.0)):
+        torch.manual_seed(0)
+        vpg = VPG(QFormerConfig(**sizes, num_attention_heads=heads, dropout=dropout), live.tower.width)
+        keys.add(prompt_identity(vision_identity(live, 1), vpg).key)
+    assert len(keys) == 2  # which is in eval mode: its dropout does not count
+
+
+def test_a_packed_image_has_the_time_of_its_pack(tmp_path):
+    shard = tmp_path / "a.beton"
+    shard.write_bytes(b"1234")
+    os.utime(shard, (7, 12345.5))
+    assert int(BetonMember(shard, 0, 0, 3).stat().st_mtime) == 12345
 
 
 def test_fast_decoding_is_another_cache(opened, tmp_path):
@@ -136,6 +174,29 @@ def test_filled_in_the_first_epoch(opened, tmp_path, capfd):
     whole = opened()
     assert "22 of 24 rows to compute" in capfd.readouterr().err
     assert whole.table.is_complete and torch.equal(whole(GROUPS), first)
+
+
+def test_complete_only_where_every_rank_saw_every_row(opened):
+    """Another run may store the last row after rank 1 has looked, which then has not verified its share."""
+    stored = opened(fill="first_epoch")
+    stored([Group(i, 0, ()) for i in range(stored.table.layout.images)])
+    alone = stored.runtime
+
+    class Ranks:
+        rank, world_size, is_main = 0, 2, True
+
+        def gather(self, value):
+            return [value, False]
+
+        def wait(self):
+            pass
+
+    stored.runtime = Ranks()
+    stored.settle()
+    assert not stored.table.is_complete and not stored.table.missing()
+    stored.runtime = alone
+    stored.settle()
+    assert stored.table.is_complete
 
 
 def test_an_interrupted_filling_goes_on(opened, tmp_path, monkeypatch):

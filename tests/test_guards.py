@@ -66,6 +66,7 @@ def on_call(number: int, owner: object, name: str, monkeypatch, act) -> None:
     ("owner", "name", "call", "sent", "saved"),
     [
         (loop, "_accumulate", 9, signal.SIGTERM, 9),  # inside update 9, which is finished
+        (loop, "_accumulate", 10, signal.SIGTERM, 10),  # inside an update that an evaluation follows
         (Validator, "loss", 4, signal.SIGUSR1, 10),  # inside the evaluation after update 10, which is broken off
         (Validator, "loss", 7, signal.SIGTERM, 20),  # the evaluation that ends the last stage
         (loop, "_prepare", 1, signal.SIGTERM, None),
@@ -86,6 +87,19 @@ def test_a_notice_saves_and_the_run_goes_on_to_the_same_end(
     found, _ = checkpoint.latest_checkpoint(broken / "checkpoints")
     assert (found and int(found.name[-8:])) == saved
     assert not (broken / "summary.json").exists()
+    assert main([str(tiny_recipe), *QUICK]) == 0
+    assert_same_end(whole, broken)
+
+
+def test_an_evaluation_that_was_broken_off_is_done_once(tiny_recipe, tmp_path, monkeypatch):
+    """Its checkpoint has it as due; those of the resumed run do not."""
+    whole, broken = tmp_path / "whole", tmp_path / "run"
+    assert main([str(tiny_recipe), *QUICK, f"output.folder={whole}"]) == 0
+    for owner, name, call in ((Validator, "loss", 4), (loop, "_accumulate", 2)):
+        with monkeypatch.context() as patch:
+            on_call(call, owner, name, patch, lambda: os.kill(os.getpid(), signal.SIGTERM))
+            assert main([str(tiny_recipe), *QUICK]) == 75
+    assert checkpoint.latest_checkpoint(broken / "checkpoints")[0].name == "step-00000012"
     assert main([str(tiny_recipe), *QUICK]) == 0
     assert_same_end(whole, broken)
 
@@ -432,6 +446,38 @@ def test_a_bad_number_on_one_rank_skips_the_update_on_all(tiny_recipe, start_ran
     assert [e["loss"] for e in events(folder, "train")] == [
         e["loss"] for e in events(folder, "train", "ranks/rank-00001.jsonl")
     ]
+
+
+def test_a_kill_after_a_notice_in_an_evaluation_finds_it_saved(tiny_recipe, start_ranks, tmp_path):
+    """Also where the moments are spread over the ranks."""
+    settings = [str(tiny_recipe), *QUICK, "distribution.optimizer=sharded", "output.checkpoint_every_pairs=null"]
+    ranks = start_ranks(2, settings, fault={0: "killed-in-eval-4"})
+    ranks[0].join(120)
+    found, _ = checkpoint.latest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert ranks[0].exitcode == 9 and found.name == "step-00000010"
+    assert json.loads((found / "state.json").read_text())["evaluation_due"]
+    assert load_file(found / "optimizer.safetensors").keys() >= {"0.exp_avg", "1.exp_avg", "40.exp_avg"}
+
+
+def test_ranks_begin_with_the_same_weights(tiny_recipe, start_ranks, tmp_path):
+    short = [str(tiny_recipe), *QUICK, "stages.0.pairs=22", "stages.1.pairs=22"]
+    folders = [tmp_path / "one", tmp_path / "other"]
+    for folder, fault in zip(folders, ({}, {1: "other-projector"}), strict=True):
+        assert ends(start_ranks(2, [*short, f"output.folder={folder}"], fault=fault)) == [0, 0]
+    assert_same_end(*folders)
+
+
+def test_ranks_end_a_stage_together_whatever_their_captions_score(tiny_recipe, start_ranks):
+    patient = [
+        "evaluation.select=cider",
+        "evaluation.generate_every_pairs=11",
+        "stages.0.patience=2",
+        "stages.0.eval_every_pairs=11",
+    ]
+    ranks = start_ranks(
+        2, [str(tiny_recipe), *patient, "stages.1.pairs=11", "guards.timeout_s=20"], fault={1: "other-captions"}
+    )
+    assert ends(ranks, 120) == [0, 0], [r.log.read_text()[-2000:] for r in ranks]
 
 
 def test_a_rank_that_stands_still_is_named(tiny_recipe, start_ranks, tmp_path):

@@ -27,6 +27,7 @@ from vpgtrans.engine.planning import devices
 from vpgtrans.engine.planning.costs import BLOCKS, HEAD, PROJECTOR, TOWER, VPG_, largest_micro_batch
 from vpgtrans.engine.planning.options import GPUS
 from vpgtrans.engine.planning.plan import plan_recipe
+from vpgtrans.engine.planning.switches import switches
 from vpgtrans.engine.planning.trace import (
     Operation,
     Setting,
@@ -373,6 +374,26 @@ def test_table_shows_everything(capsys):
         "vision cache",
     ):
         assert words in shown, words
+
+
+@pytest.mark.parametrize(
+    ("settings", "offered"),
+    [
+        ([], True),
+        (["data.vision_cache=true", "data.views=2", "data.cache_fill=first_epoch"], True),
+        (
+            ["data.vision_cache=true", "data.views=2", "data.prompt_cache=true"],
+            False,
+        ),  # the prompts need the stored views
+        (["data.train.0.transform=train"], True),
+        (["data.loader=ffcv", "data.train.0.format=pack"], False),
+    ],
+)
+def test_every_switch_gives_a_recipe_that_is_taken(tiny_recipe, settings, offered):
+    found = switches(load_recipe(tiny_recipe, settings), 4, True)
+    for switch in found:
+        load_recipe(tiny_recipe, [*settings, *switch.settings])
+    assert any("vision_cache" in setting for switch in found for setting in switch.settings) == offered
 
 
 def test_largest_micro_batch_is_the_largest():

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.table import Table
 
 from vpgtrans.engine import loop
 from vpgtrans.engine.planning.command import short_hours
@@ -90,6 +91,30 @@ def test_the_savings_table_names_each_saving_and_tells_what_is_exact(tiny_recipe
     )
     assert not plain["one image, one encoding"].on and plain["one image, one encoding"].exact
     assert not plain["shared visual prefix"].on and not plain["one token mean over the update"].on
+
+
+def test_a_shared_prefix_is_not_exact_where_the_language_model_drops(tiny_recipe, tmp_path):
+    recipe = load_recipe(tiny_recipe, ["stages.0.frozen_dropout=true"])
+    this = loop._prepare(recipe, start("cpu", "fp32", 1, 0), RunLog(tmp_path / "log", enabled=False), loop.Progress())
+    stop()
+    for dropout in (0.1, 0.0):
+        for name in ("dropout", "attention_dropout"):
+            setattr(this.model.llm.model.config, name, dropout)
+        found = {s.name: s for s in savings(recipe, this.model, [])}["shared visual prefix"]
+        assert found.on and found.exact == (dropout == 0) and ("dropout mask" in found.why) == (dropout > 0)
+
+
+def test_the_screen_shows_brackets_as_they_are(tmp_path, capfd):
+    """`pip install 'vpgtrans[triton]'` is no markup: not in a line, a warning or a table."""
+    log = RunLog(tmp_path / "log")
+    text = "install 'vpgtrans[triton]', see [/tmp]"
+    log.say(text)
+    log.warn("some_name", text)
+    table = Table("why", title=text)
+    table.add_row(text)
+    log.say(table)
+    log.close()
+    assert capfd.readouterr().err.count(text) == 4
 
 
 def test_ctrl_c_ends_with_one_line_that_names_the_checkpoint(tiny_recipe, tmp_path):

@@ -64,6 +64,14 @@ def test_what_cannot_be_had_is_said_by_name(model, monkeypatch):
     assert "Triton" in graphs_unsupported_reason(torch.device("cuda"))
 
 
+def test_sharded_blocks_are_not_captured(model, monkeypatch):
+    """Gathered weights lie elsewhere each time; a captured graph reads where they were."""
+    monkeypatch.setattr(regions, "graphs_unsupported_reason", lambda device: None)
+    monkeypatch.setattr(model.llm, "is_sharded", True)
+    with pytest.raises(RecipeError, match=r"step\.cuda_graphs: .* distribution\.frozen shards the blocks"):
+        use_regions(Step(cuda_graphs=True), model, Tower, LAYOUT, CPU)
+
+
 def test_only_full_micro_batches_with_gradients_run_through_the_graph(model):
     """What a capture needs: always the same shape, and a backward pass.  Everything else takes the plain way, with the same result."""
     special = model.llm.special

@@ -1,8 +1,8 @@
 """Vision and prompt caches: features, or what a frozen VPG makes of them, read from a table (feature_table.py) and stored where they are absent.
 
-The key of a cache is a hash of what its rows depend on: the tower's weights, the transform, precision and images, and for prompts the VPG's
-weights too, so a stale cache is never found.  View v of image i is what epoch v would draw, and epoch e reads view e mod views: with the eval
-transform one view is the truth, with the train transform k views stand for all.
+The key of a cache is a hash of what its rows depend on: the tower's weights and config, the transform, precision and images (names, bytes and
+times of change), and for prompts the VPG's weights and sizes too, so a stale cache is never found.  View v of image i is what epoch v would draw,
+and epoch e reads view e mod views: with the eval transform one view is the truth, with the train transform k views stand for all.
 
 Where a row of a micro-batch is absent, all of the micro-batch is computed and what was absent is stored: so what a run stores depends on its
 own order alone, not on how far ahead it reads, and a run that was stopped goes on bit for bit.
@@ -20,18 +20,22 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from ..models.vision import VisionTower
 from ..models.vpg import VPG, VPGOutput
 from ..runlog import RunLog
 from ..runtime import Runtime
 from .feature_table import FeatureTable, Layout, disk_free_bytes, present_rows
-from .features import FeatureSource, LiveFeatures
+from .features import Computed, FeatureSource, LiveFeatures
 from .packing import Group, TokenisedCaptions
 from .reading import DataError
 
 BUILD_BATCH = 32
 GIB = 2**30
+NOT_OF_OUTPUTS = frozenset(
+    {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
+)  # of a transformers config
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,8 @@ def vision_identity(live: LiveFeatures, views: int, precision: str = "compute") 
     data, tower, runtime = live.data, live.tower, live.runtime
     is_random = live.transform == "train"
     made_of = {
-        "tower": weights_hash(tower), "image_size": tower.image_size, "mean": list(tower.norm.mean), "std": list(tower.norm.std),
+        "tower": weights_hash(tower), "config": config_of(tower), "image_size": tower.image_size,
+        "mean": list(tower.norm.mean), "std": list(tower.norm.std),
         "transform": live.transform, "seed": live.seed if is_random else None, "views": views, "decode": live.decode,
         "eval_images": [[images.start, images.stop] for images in live.fixed] if is_random else [],
         "dtype": str(runtime.compute_dtype).removeprefix("torch."), "precision": precision, "images": _images_hash(data),
@@ -78,7 +83,9 @@ def prompt_identity(features: Identity, vpg: VPG, precision: str = "compute") ->
     layout = Layout(
         before.views, before.images, vpg.config.num_query_tokens, vpg.config.hidden_size, before.dtype, precision
     )
-    made_of = {"vpg": weights_hash(vpg), "precision": precision, "features": features.made_of}
+    # Neither heads nor epsilons show in the weights.
+    config = vpg.config.model_dump(exclude={"dropout", "initializer_range"})
+    made_of = {"vpg": weights_hash(vpg), "config": config, "precision": precision, "features": features.made_of}
     return Identity("prompt", features.name, layout, made_of, features.notes)
 
 
@@ -108,6 +115,7 @@ class StoredFeatures(FeatureSource):
 
     def finish(self, prepared: Any) -> Any:
         layout, device = self.table.layout, self.runtime.device
+        self.computed = Computed()
         if not isinstance(prepared, _Absent):
             return layout.decode(prepared.to(device, non_blocking=True))
         stored = self.table.read(
@@ -122,14 +130,18 @@ class StoredFeatures(FeatureSource):
     def settle(self) -> None:
         """Mark the table complete where all of it is there and sound.  Every rank must call it."""
         runtime, table = self.runtime, self.table
-        if not table.is_complete and not table.missing():
-            table.verify(runtime.rank, runtime.world_size)
+        # All ranks or none: another run may store the last row between two of them, and each verifies a share.
+        if not all(runtime.gather(not table.is_complete and not table.missing())):
+            return
+        table.verify(runtime.rank, runtime.world_size)
         runtime.wait()  # for every rank's share
-        if runtime.is_main and not table.is_complete and not table.missing():
+        if runtime.is_main and not table.missing():
             table.mark_complete()
 
     def _compute(self, of_inner: Any) -> Tensor:
-        return self.inner.finish(of_inner)
+        features = self.inner.finish(of_inner)
+        self.computed = self.inner.computed
+        return features
 
     def _row(self, group: Group) -> int:
         layout = self.table.layout
@@ -179,6 +191,7 @@ class StoredPrompts(StoredFeatures):
     @torch.no_grad()
     def _compute(self, of_inner: Any) -> Tensor:
         features = self.inner.finish(of_inner)
+        self.computed = Computed(self.inner.computed.encodings, len(features))
         with self.runtime.autocast():
             return self.vpg(features)
 
@@ -227,6 +240,7 @@ def open_features(
     if cache_root is None:
         return live
     identity = vision_identity(live, views if transform == "train" else 1, precision)
+    check_space(identity, identity.folder(cache_root))
     stored = StoredFeatures(identity, identity.open(cache_root), live, log, must_store=fill == "ahead")
     if fill == "ahead":
         fill_ahead(stored)
@@ -239,7 +253,6 @@ def fill_ahead(stored: StoredFeatures) -> None:
     """Compute every absent row.  Ranks and other processes that fill the same table share the work; every rank must call it."""
     table, runtime, log = stored.table, stored.runtime, stored.log
     if not table.is_complete and table.missing():
-        check_space(stored.identity, table.folder)
         log.say(
             f"{stored.identity.kind} cache: {table.missing():,} of {table.layout.rows:,} rows to compute -> {table.folder} "
             f"({table.layout.bytes / 2**20:,.0f} MiB)"
@@ -300,9 +313,17 @@ def weights_hash(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def config_of(module: nn.Module) -> dict[str, Any]:
+    """Numbers and names of a transformers model's config, which its weights do not tell: heads, activation, epsilons; nothing of other models."""
+    found = next((m.config for m in module.modules() if isinstance(getattr(m, "config", None), PreTrainedConfig)), None)
+    told = {} if found is None else found.to_dict()
+    return {k: v for k, v in sorted(told.items()) if isinstance(v, (int, float, str)) and k not in NOT_OF_OUTPUTS}
+
+
 def _images_hash(data: TokenisedCaptions) -> str:
     digest = hashlib.sha256()
     for record in data.records:
         stat = record.path.stat()
-        digest.update(f"{record.image_id}\0{record.path.name}\0{stat.st_size}\n".encode())
+        # In whole seconds: members of packs and tars have no finer time, that of their file.
+        digest.update(f"{record.image_id}\0{record.path.name}\0{stat.st_size}\0{int(stat.st_mtime)}\n".encode())
     return digest.hexdigest()

@@ -222,8 +222,11 @@ class FeatureTable:
 
     def failing(self, rank: int = 0, world_size: int = 1) -> list[int]:
         """Rows of `rank`'s share that were there before, have not been read, and fail their checksum."""
-        unread = np.flatnonzero(self._from_before & ~self._verified)[rank::world_size].tolist()
-        return [row for row in unread if not self._is_sound(row, self._stored(row))]
+        # By number: each rank has read other rows, so that places in its own list would leave some to nobody.
+        unread = np.flatnonzero(self._from_before & ~self._verified)
+        return [
+            row for row in unread[unread % world_size == rank].tolist() if not self._is_sound(row, self._stored(row))
+        ]
 
     def mark_complete(self) -> None:
         """Bring everything to the disk and say so; only after `verify`."""

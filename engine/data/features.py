@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +25,13 @@ UNUSABLE_SHARE = 0.01  # of the images may turn out to be unusable, and UNUSABLE
 UNUSABLE_FLOOR = 8
 
 
+class Computed(NamedTuple):
+    """Images that the last `finish` sent through the tower, and through a frozen VPG whose prompts are stored."""
+
+    encodings: int = 0
+    prompts: int = 0
+
+
 class FeatureSource(Protocol):
     """Features of groups in two steps, so that the first can run ahead: `source(groups)` does both.
 
@@ -32,6 +39,7 @@ class FeatureSource(Protocol):
     """
 
     unusable: dict[int, str]
+    computed = Computed()
 
     def prepare(self, groups: list[Group]) -> Tensor:
         """What the host has to do: decoded pixels, or rows of a cache; page-locked where the device is a GPU."""
@@ -93,6 +101,7 @@ class LiveFeatures(FeatureSource):
             ) from fault
 
     def finish(self, prepared: Tensor) -> Tensor:
+        self.computed = Computed(encodings=len(prepared))
         pixels = prepared.to(self.runtime.device, non_blocking=True)
         images = normalise(pixels, self.tower.norm.mean, self.tower.norm.std).to(self._dtype)
         with self.runtime.autocast():

@@ -54,18 +54,27 @@ def check_layout(settings: Distribution, runtime: Runtime) -> int:
     found = runtime.gather(os.environ.get("LOCAL_WORLD_SIZE"))
     absent = [rank for rank, size in enumerate(found) if size is None]
     if absent:
-        raise RecipeError(
+        raise _said_once(
+            runtime,
             f"distribution.shard_over: 'node' needs the environment variable LOCAL_WORLD_SIZE, which ranks {absent} lack; start with torchrun, or "
-            "set shard_over to world"
+            "set shard_over to world",
         )
     sizes = sorted({int(size) for size in found})
     if len(sizes) > 1 or runtime.world_size % sizes[0]:
         shown = " and ".join(map(str, sizes))
-        raise RecipeError(
+        raise _said_once(
+            runtime,
             f"distribution.shard_over: 'node' needs nodes with equally many ranks, got a world of {runtime.world_size} ranks and nodes of {shown}; "
-            f"start as many processes on each node, or set shard_over to world"
+            f"start as many processes on each node, or set shard_over to world",
         )
     return sizes[0]
+
+
+def _said_once(runtime: Runtime, message: str) -> RecipeError:
+    """An error that all ranks raise and rank 0 tells."""
+    error = RecipeError(message)
+    error.quiet = not runtime.is_main
+    return error
 
 
 def place(

@@ -39,6 +39,7 @@ class ShardedAdamW(torch.optim.AdamW):
         self._others = [p for p in parameters if p not in self._owned]
         self._flat = _into_one_buffer(dealt)
         self._whole: dict[str, Any] | None = None
+        self._is_consolidated = False  # the same on all ranks
 
     @property
     def state_bytes(self) -> int:
@@ -47,7 +48,7 @@ class ShardedAdamW(torch.optim.AdamW):
 
     def step(self, closure: None = None) -> None:
         """Update this rank's parameters and gather the others'.  Skips as AdamW does where `found_inf` is 1."""
-        self._whole = None
+        self._whole, self._is_consolidated = None, False
         hidden = [(p, p.grad) for p in self._others]
         for parameter, _ in hidden:
             parameter.grad = None
@@ -60,7 +61,11 @@ class ShardedAdamW(torch.optim.AdamW):
         _all_gather(self._flat, own.clone() if self._flat.device.type == "cpu" else own)
 
     def consolidate(self) -> None:
-        """Bring the moments of all ranks together on rank 0, on the CPU, in the form that AdamW itself has; a collective."""
+        """Bring the moments of all ranks together on rank 0, on the CPU, in the form that AdamW itself has; a collective, but for a second
+        call after one step, which does nothing."""
+        if self._is_consolidated:
+            return
+        self._is_consolidated = True
         state = super().state_dict()["state"]
         own = {i: {k: v.detach().cpu() for k, v in entry.items()} for i, entry in state.items()}
         found: list[Any] | None = [None] * self._runtime.world_size if self._runtime.is_main else None
@@ -85,7 +90,7 @@ class ShardedAdamW(torch.optim.AdamW):
         super().load_state_dict(state_dict)
         for parameter in self._others:
             self.state.pop(parameter, None)
-        self._whole = None
+        self._whole, self._is_consolidated = None, False
 
 
 def part_elements(sizes: Sequence[int], ranks: int) -> int:

@@ -92,6 +92,12 @@ class LanguageModel(nn.Module, ABC):
     def parameter_count(self) -> int:
         return sum(p.numel() for p in self.model.parameters())
 
+    @property
+    def has_dropout(self) -> bool:
+        """Whether training mode changes its outputs, by its config (`dropout`, `attention_dropout`, `resid_pdrop`, `layerdrop`, ...)."""
+        settings = self.model.config.to_dict().items()
+        return any("drop" in name and isinstance(value, float) and value > 0 for name, value in settings)
+
     def embed(self, ids: Tensor) -> Tensor:
         """ids (...) int64 -> (..., W): what enters the first block, before positions."""
         return self.model.get_input_embeddings()(ids)

@@ -49,9 +49,9 @@ def main(argv: list[str]) -> int:
 
 def show(found: dict[str, Any]) -> None:
     """Print what `plan_recipe` returned."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     if not console.is_terminal:
-        console = Console(highlight=False, width=150)
+        console = Console(highlight=False, markup=False, width=150)
     device = found["device"]
     console.print(
         f"{found['recipe']} on {device['count']} x {device['title']}, {device['memory_bytes'] / 1e9:,.0f} GB each, {found['compute_dtype']}",

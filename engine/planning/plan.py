@@ -114,7 +114,7 @@ def _stage(plan: Plan, index: int, device: Device, gpus: int, price: float | Non
         "micro_batches_an_update": load.micro_batches, "tokens_a_pair": load.tokens / load.pairs, "images_a_pair": load.encodings / load.pairs,
         "pairs_per_s": made.pairs_per_s, "pairs_per_s_per_gpu": made.pairs_per_s / gpus, "idle_share": made.idle_share,
         "issuing_decides": made.host_bound, "utilisation": _utilisation(made, device, gpus), "cache_build_s": build_s,
-        "decoding_cores": 0.0 if data.vision_cache else made.pairs_per_s * load.encodings / load.pairs * DECODE_MS / 1e3,
+        "decoding_cores": 0.0 if data.vision_cache else (1 - spared) * made.pairs_per_s * load.encodings / load.pairs * DECODE_MS / 1e3,
         "hours": made.stage_s / 3600, "gpu_hours": hours, "money": None if price is None else hours * price,
         "savings": [
             {"name": s.name, "on": s.is_on, "flops_a_pair_without": s.flops_without, "why": s.why}

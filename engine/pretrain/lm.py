@@ -82,7 +82,8 @@ def main(recipe: LMRecipe) -> dict[str, float]:
     )
     if gain < 0.05:
         console.print(
-            f"[yellow]warning weak_context_use:[/] the gain is {gain:.3f}; a visual prompt can hardly steer this model; train longer"
+            f"warning weak_context_use: the gain is {gain:.3f}; a visual prompt can hardly steer this model; train longer",
+            style="yellow",
         )
     return scores
 

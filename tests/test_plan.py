@@ -455,7 +455,10 @@ def test_memory_of_a_rank_by_the_recipes_distribution():
     assert whole["AdamW moments, 2 x float32"] / 8 <= part < 1.05 * whole["AdamW moments, 2 x float32"] / 8
     assert moments["what trains: master weights, float32"] == 8 * part / 2
     # auto: whole where that fits, as on a GPU of 141 GB; of 24 GB it does not.
-    assert "frozen blocks gathered, compute dtype" in memory(8, gpu="4090") and "frozen blocks gathered, compute dtype" not in whole
+    assert (
+        "frozen blocks gathered, compute dtype" in memory(8, gpu="4090")
+        and "frozen blocks gathered, compute dtype" not in whole
+    )
 
 
 def test_measured_rates_come_first(tmp_path):

@@ -40,7 +40,7 @@ def test_ranks_meet_again_in_a_store_that_is_full_of_those_before():
     assert len({of_start[0] for of_start in names}) == 3
     assert len(set(meeting(store, [1, 0], 2).values())) == 1  # a smaller world
     meeting(store, [0], 2, 0.3)  # rank 1 is gone, and what it said before counts for nothing
-    with pytest.raises(StartError, match="rank 1 of 2 did not start within"):
+    with pytest.raises(startup.RankMissing, match="rank 1 of 2 did not start within"):
         startup.compare_ranks(dist.PrefixStore("new", store), 0, 2, {}, 0.1)
 
 

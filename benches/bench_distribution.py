@@ -9,7 +9,6 @@ micro-batches, with the same AdamW step, on N processes of one thread each:
     guards                    the same with heartbeats (20 times as often as by default), exchange of flags and loss spikes
     frozen sharded            the engine's loop with distribution.frozen=sharded
     optimizer sharded         with distribution.optimizer=sharded
-    both sharded              with both
     saves in background       with a checkpoint every 3 updates, written by a thread
     saves in line             written before the next update begins
 
@@ -19,7 +18,7 @@ shared. A save's cost is for 3 updates' worth of difference to "engine". Communi
 trainable parameters are many beside its FLOPs.
 
 Bytes. On 2 and on 4 processes: payloads handed to torch.distributed in each update, and what went through the loopback interface, against
-`engine/planning/communication.py`. Where the system lets it, processes run in a network namespace of their own (Linux, root), where nobody else sends;
+`engine/planning/communication.py`. Where the system lets it, processes run in a network namespace of their own (Linux, root), where nobody sends;
 else what others sent in a second before is named as noise.
 
     python benches/bench_distribution.py [--repeats N] [--ranks N] [--device cpu|cuda] [--part times|bytes] [--out FILE]
@@ -31,8 +30,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import functools
 import json
+import multiprocessing
+import multiprocessing.connection
 import os
 import shutil
 import socket
@@ -74,7 +76,8 @@ from vpgtrans.engine.runtime import Runtime, start, stop
 from vpgtrans.engine.tiny_world import tiny_recipe, write_tiny_world, write_tower
 
 UPDATES, SAVE_EVERY = 6, 3
-BATCH_PAIRS = 48
+CLONE_NEWNET = 0x40000000  # unshare(2)
+BATCH_PAIRS = 32
 TOWER = {
     "hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4, "image_size": 64, "patch_size": 8,
     "hidden_act": "gelu",
@@ -87,7 +90,7 @@ QFORMER = {
     "num_query_tokens": 16,
 }
 LLAMA = {
-    "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4,
+    "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 4,
     "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 
@@ -110,11 +113,10 @@ ARMS = (
     Arm("guards", guards=True),
     Arm("frozen sharded", frozen="sharded"),
     Arm("optimizer sharded", optimizer="sharded"),
-    Arm("both sharded", "sharded", "sharded"),
     Arm("saves in background", saves="background"),
     Arm("saves in line", saves="in line"),
 )
-SENDING = (ARMS[1], *ARMS[3:6])
+SENDING = (ARMS[1], *ARMS[3:5])
 
 
 class Enough(Exception):
@@ -163,7 +165,8 @@ class Clock:
         self.runtime.wait()
         if self.runtime.device.type == "cuda":
             torch.cuda.synchronize()
-        self.marks.append((time.perf_counter(), time.process_time(), loopback_bytes()))
+        sent = loopback_bytes() if self.runtime.device.type == "cpu" else None
+        self.marks.append((time.perf_counter(), time.process_time(), sent))
         self.runtime.wait()
         self.sends.clear()
 
@@ -340,19 +343,18 @@ def write_recipe(root: Path, device: str) -> Path:
     return path
 
 
-def rank_main(options: argparse.Namespace) -> None:
-    """What each rank does; rank 0 writes what was found beside the recipe."""
-    recipe = load_recipe(options.recipe)
+def rank_main(recipe_path: Path, what: tuple[str, ...], repeats: int) -> dict[str, Any]:
+    """What each rank does: its share of "times" and "bytes"."""
+    recipe = load_recipe(recipe_path)
     runtime = start(recipe.device, recipe.precision, recipe.threads, recipe.seed, 120.0)
     try:
-        bench = Bench(runtime, recipe, options.recipe.parent)
-        if options.part == "times":
-            found = {"ranks": runtime.world_size, "repeats": options.repeats, "arms": bench.times(options.repeats)}
-        else:
-            noise = quiet_bytes_a_second() if runtime.is_main else None
-            found = {"noise_bytes_s": noise, "layouts": bench.bytes_sent(3)}
-        if runtime.is_main:
-            (options.recipe.parent / f"{options.part}.json").write_text(json.dumps(found))
+        bench = Bench(runtime, recipe, recipe_path.parent)
+        found: dict[str, Any] = {"ranks": runtime.world_size}
+        if "times" in what:
+            found |= {"repeats": repeats, "arms": bench.times(repeats)}
+        if "bytes" in what:
+            found |= {"noise_bytes_s": quiet_bytes_a_second(), "layouts": bench.bytes_sent(2)}
+        return found
     finally:
         stop()
 
@@ -365,29 +367,54 @@ def quiet_bytes_a_second() -> int | None:
     return None if before is None or after is None else after - before
 
 
-def launch(recipe: Path, part: str, ranks: int, repeats: int, device: str) -> dict[str, Any]:
-    """Run a part on so many processes; in a network namespace of its own where that can be."""
-    command = [
-        sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--master-addr=127.0.0.1", f"--master-port={free_port()}",
-        str(Path(__file__).resolve()), f"--part={part}", f"--repeats={repeats}", f"--recipe={recipe}",
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    is_alone = device == "cpu" and has_namespaces()
+def launch(recipe: Path, what: tuple[str, ...], ranks: int, repeats: int, device: str) -> dict[str, Any]:
+    """Do `what` on so many processes, forked because imports take longer than a round; exits where one of them fails."""
+    context = multiprocessing.get_context("fork")
+    answers = context.SimpleQueue()
+    launcher = context.Process(target=_launch, args=(answers, recipe, what, ranks, repeats, device))
+    launcher.start()
+    launcher.join()
+    if launcher.exitcode:
+        sys.exit(f"{' and '.join(what)} on {ranks} processes: one of them failed, see above")
+    return answers.get()
+
+
+def _launch(answers: Any, recipe: Path, what: tuple[str, ...], ranks: int, repeats: int, device: str) -> None:
+    """Between the bench and its ranks: a process whose network the ranks share."""
+    is_alone = device == "cpu" and leave_network()
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+    }
     if device == "cpu":
-        environment["GLOO_SOCKET_IFNAME"] = "lo"
-    if is_alone:
-        command = ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$0" "$@"', *command]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{part} on {ranks} processes ended with {done.returncode}:\n{(done.stdout + done.stderr)[:6000]}")
-    return {**json.loads((recipe.parent / f"{part}.json").read_text()), "own_network_namespace": is_alone}
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+
+    def run(rank: int) -> None:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        found = rank_main(recipe, what, repeats)
+        if rank == 0:
+            answers.put({**found, "own_network_namespace": is_alone})
+
+    context = multiprocessing.get_context("fork")
+    running = [context.Process(target=run, args=(rank,)) for rank in range(ranks)]
+    for process in running:
+        process.start()
+    while running:
+        multiprocessing.connection.wait([p.sentinel for p in running])
+        if any(p.exitcode for p in running):  # the others would wait for it
+            for process in running:
+                process.terminate()
+            sys.exit(1)
+        running = [p for p in running if p.exitcode is None]
 
 
-def has_namespaces() -> bool:
-    """Whether this user may make a network namespace, and has what brings its loopback interface up."""
-    if not (shutil.which("unshare") and shutil.which("ip")):
+def leave_network() -> bool:
+    """Move this process into a network namespace of its own with nothing but a loopback interface; False where the system does not let it."""
+    if not shutil.which("ip") or ctypes.CDLL(None).unshare(CLONE_NEWNET):
         return False
-    return subprocess.run(["unshare", "--net", "ip", "link", "set", "lo", "up"], capture_output=True, check=False).returncode == 0  # fmt: skip
+    return subprocess.run(["ip", "link", "set", "lo", "up"], check=False).returncode == 0
 
 
 def free_port() -> int:
@@ -397,6 +424,8 @@ def free_port() -> int:
 
 
 def print_times(found: dict[str, Any]) -> None:
+    if "arms" not in found:
+        return
     print(
         f"{found['ranks']} processes of one thread, medians of {found['repeats']} rounds of {UPDATES} updates an arm; ratios to plain (least-most)"
     )
@@ -407,7 +436,10 @@ def print_times(found: dict[str, Any]) -> None:
         print(f"{name:22} {row['step_s']:8.3f} {ratios[0]:>22} {row['cpu_s']:8.3f} {ratios[1]:>22} {save}")
 
 
-def print_bytes(ranks: str, found: dict[str, Any]) -> None:
+def print_bytes(found: dict[str, Any]) -> None:
+    if "layouts" not in found:
+        return
+    ranks = found["ranks"]
     noise = f"{found['noise_bytes_s']} bytes/s of others' on lo before"
     where = "in a network namespace of their own" if found["own_network_namespace"] else noise
     print(f"\n{ranks} processes, MB of a rank in an update, sent in reductions and gathers; {where}")
@@ -416,7 +448,7 @@ def print_bytes(ranks: str, found: dict[str, Any]) -> None:
         reckoned = sum(row["formula"].values())
         line = f"{name:22} {reckoned / 1e6:10.3f} {row['sent_by_payloads'] / 1e6:10.3f} {row['payloads_over_formula']:8.4f}"
         if row["loopback_bytes"] is not None:
-            line += f" {row['loopback_bytes'] / int(ranks) / 1e6:10.3f} {row['loopback_over_formula']:8.4f}"
+            line += f" {row['loopback_bytes'] / ranks / 1e6:10.3f} {row['loopback_over_formula']:8.4f}"
         print(line)
 
 
@@ -427,28 +459,25 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--part", choices=("times", "bytes"), help="default: both")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write what was found as JSON")
-    parser.add_argument("--recipe", type=Path, help=argparse.SUPPRESS)  # of a rank
     options = parser.parse_args()
-    if options.recipe:
-        rank_main(options)
-        return
     if options.repeats < 1 or options.ranks < 2:
         parser.error(f"--repeats, --ranks: expected at least 1 and 2, got {options.repeats} and {options.ranks}")
     if options.device == "cuda" and torch.cuda.device_count() < options.ranks:
         parser.error(f"--device: expected {options.ranks} GPUs, torch sees {torch.cuda.device_count()}; lower --ranks")
+    torch.set_num_threads(1)  # before anything computes: processes are forked
+    what = (options.part,) if options.part else ("times", "bytes")
     found = about("distribution", options.device, cores=os.cpu_count(), load_before=os.getloadavg())
     sizes = {"llama": LLAMA, "tower": TOWER, "qformer": QFORMER, "batch_pairs": BATCH_PAIRS}
     with tempfile.TemporaryDirectory(prefix="bench_distribution-") as folder:
         recipe = write_recipe(Path(folder), options.device)
         run = functools.partial(launch, recipe, repeats=options.repeats, device=options.device)
-        if options.part != "bytes":
-            found["times"] = run("times", options.ranks)
-            print_times(found["times"])
-        if options.part != "times":
-            found["bytes"] = {}
-            for ranks in (2, 4) if options.device == "cpu" else (options.ranks,):
-                found["bytes"][str(ranks)] = run("bytes", ranks)
-                print_bytes(str(ranks), found["bytes"][str(ranks)])
+        found["runs"] = [run(what, options.ranks)]
+        # On the CPU bytes are counted on four processes too.
+        if "bytes" in what and options.device == "cpu" and options.ranks != 4:
+            found["runs"].append(run(("bytes",), 4))
+    for of_run in found["runs"]:
+        print_times(of_run)
+        print_bytes(of_run)
     found |= {"load_after": os.getloadavg(), "sizes": sizes}
     print(f"load: {found['load_before'][0]:.1f} before, {found['load_after'][0]:.1f} after, on {found['cores']} cores")
     if options.out:

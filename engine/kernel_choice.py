@@ -85,7 +85,12 @@ def use_kernels(
                 reason, on = str(error), setting == "kernel"
         if on and reason is not None:
             raise RecipeError(f"kernels.{name}: expected auto or torch here, got kernel: {reason}")
-        why = f"kernels.{name} is {setting}" + ("" if on else f"; {reason or 'not measured on a GPU yet'}")
+        named = (
+            f"attention is {attention}"
+            if attention != "auto" and name == "prefix_attention"
+            else f"kernels.{name} is {setting}"
+        )
+        why = named + ("" if on else f"; {reason or 'not measured on a GPU yet'}")
         choices.append(Choice(name, on, name not in INEXACT, why))
     if attention != "auto":
         choices.append(_use_attention(attention, llm))

@@ -198,7 +198,8 @@ def finish(this: Run) -> dict[str, Any]:
         f"{recipe.name}: validation loss {final_loss:.4f} (best {summary['best_val_loss']:.4f} at {progress.best_pairs:,} pairs)  {shown}"
     )
     log.say(
-        f"{progress.pairs:,} pairs in {duration(progress.seconds)}; wrote {folder}/model, summary.json, log.jsonl, captions.json, samples.json"
+        f"{progress.pairs:,} pairs in {duration(progress.seconds)}; wrote {folder}/model, summary.json, log.jsonl"
+        + (", captions.json, answers.json, samples.json" if recipe.evaluation.generate_images else "")
     )
     return summary
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from .data.feature_cache import Identity, StoredFeatures, StoredPrompts, prompt_identity, vision_identity
+from .data.feature_cache import Identity, StoredFeatures, StoredPrompts, check_space, prompt_identity, vision_identity
 from .data.feature_table import disk_free_bytes, present_rows
 from .data.features import LiveFeatures
 from .data.packing import Subset, UpdateOrder
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .loop import Run
 
 AUTO_SHARE = 0.1  # of a stage's encodings that a cache must spare before `auto` writes one
+AUTO_DISK = 0.5  # of what is free; nobody asked for this cache, and checkpoints need room
 
 
 @contextlib.contextmanager
@@ -94,6 +95,8 @@ def _open(this: Run, stage: Stage, order: UpdateOrder, total_pairs: int) -> Stor
     if is_auto and (reason := this.runtime.gather(_auto_reason(identity, folder, spared))[0]):
         log.say(f"prompt cache: off in {stage.name}: {reason}")
         return None
+    if not is_auto:
+        check_space(identity, folder)
     table = identity.open(root)
     log.say(
         f"prompt cache: {table.layout.rows - table.missing():,} of {table.layout.rows:,} rows in {folder} "
@@ -109,8 +112,9 @@ def _auto_reason(identity: Identity, folder: Path, spared: float) -> str | None:
     if spared < AUTO_SHARE:
         return _spares_little(spared)
     lacking = identity.layout.bytes - present_rows(folder) * identity.layout.row_bytes
-    if lacking > disk_free_bytes(folder):
-        return f"{folder} lacks {lacking / 2**30:.1f} GiB, more than its disk has free"
+    free = disk_free_bytes(folder)
+    if lacking > AUTO_DISK * free:
+        return f"{folder} lacks {lacking / 2**30:.1f} GiB, more than {AUTO_DISK:.0%} of the {free / 2**30:.1f} GiB that its disk has free"
     return None
 
 

@@ -37,7 +37,10 @@ def savings(recipe: TransferRecipe, model: VisionLanguageModel, choices: list[Ch
             "one token mean over the update", recipe.loss_mean == "global", True,
             f"loss_mean is {recipe.loss_mean}; gradients are summed over micro-batches and ranks, once an update",
         ),
-        Saving("no wait for the device", True, True, f"always on, but for the log every {recipe.output.log_every_updates} updates"),
+        Saving(
+            "no wait for the device", True, True,
+            f"always on, but for the log every {recipe.output.log_every_updates} updates and what a cache stores",
+        ),
         *(Saving(c.title, c.on, c.exact, c.why) for c in choices),
     ]  # fmt: skip
 

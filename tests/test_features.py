@@ -176,6 +176,29 @@ def test_filled_in_the_first_epoch(opened, tmp_path, capfd):
     assert whole.table.is_complete and torch.equal(whole(GROUPS), first)
 
 
+def test_complete_only_where_every_rank_saw_every_row(opened):
+    """Another run may store the last row after rank 1 has looked, which then has not verified its share."""
+    stored = opened(fill="first_epoch")
+    stored([Group(i, 0, ()) for i in range(stored.table.layout.images)])
+    alone = stored.runtime
+
+    class Ranks:
+        rank, world_size, is_main = 0, 2, True
+
+        def gather(self, value):
+            return [value, False]
+
+        def wait(self):
+            pass
+
+    stored.runtime = Ranks()
+    stored.settle()
+    assert not stored.table.is_complete and not stored.table.missing()
+    stored.runtime = alone
+    stored.settle()
+    assert stored.table.is_complete
+
+
 def test_an_interrupted_filling_goes_on(opened, tmp_path, monkeypatch):
     expected = opened(transform="train", views=3)
     shutil.rmtree(caches(tmp_path)[0])

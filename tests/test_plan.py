@@ -27,6 +27,7 @@ from vpgtrans.engine.planning import devices
 from vpgtrans.engine.planning.costs import BLOCKS, HEAD, PROJECTOR, TOWER, VPG_, largest_micro_batch
 from vpgtrans.engine.planning.options import GPUS
 from vpgtrans.engine.planning.plan import plan_recipe
+from vpgtrans.engine.planning.switches import switches
 from vpgtrans.engine.planning.trace import (
     Operation,
     Setting,
@@ -375,6 +376,26 @@ def test_table_shows_everything(capsys):
         assert words in shown, words
 
 
+@pytest.mark.parametrize(
+    ("settings", "offered"),
+    [
+        ([], True),
+        (["data.vision_cache=true", "data.views=2", "data.cache_fill=first_epoch"], True),
+        (
+            ["data.vision_cache=true", "data.views=2", "data.prompt_cache=true"],
+            False,
+        ),  # the prompts need the stored views
+        (["data.train.0.transform=train"], True),
+        (["data.loader=ffcv", "data.train.0.format=pack"], False),
+    ],
+)
+def test_every_switch_gives_a_recipe_that_is_taken(tiny_recipe, settings, offered):
+    found = switches(load_recipe(tiny_recipe, settings), 4, True)
+    for switch in found:
+        load_recipe(tiny_recipe, [*settings, *switch.settings])
+    assert any("vision_cache" in setting for switch in found for setting in switch.settings) == offered
+
+
 def test_largest_micro_batch_is_the_largest():
     recipe = recipe_of("vl_llama")
     found = plan_recipe(recipe, "a100-40g", 1, with_switches=False)["stages"][1]
@@ -434,7 +455,10 @@ def test_memory_of_a_rank_by_the_recipes_distribution():
     assert whole["AdamW moments, 2 x float32"] / 8 <= part < 1.05 * whole["AdamW moments, 2 x float32"] / 8
     assert moments["what trains: master weights, float32"] == 8 * part / 2
     # auto: whole where that fits, as on a GPU of 141 GB; of 24 GB it does not.
-    assert "frozen blocks gathered, compute dtype" in memory(8, gpu="4090") and "frozen blocks gathered, compute dtype" not in whole
+    assert (
+        "frozen blocks gathered, compute dtype" in memory(8, gpu="4090")
+        and "frozen blocks gathered, compute dtype" not in whole
+    )
 
 
 def test_measured_rates_come_first(tmp_path):

@@ -12,7 +12,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from vpgtrans.engine.data.feature_table import Layout
 from vpgtrans.engine.data.packing import Subset
+from vpgtrans.engine.data.reading import DataError
 from vpgtrans.engine.loop import run
 from vpgtrans.engine.models.vpg import VPG
 from vpgtrans.engine.prompt_cache import spared_share
@@ -174,6 +176,28 @@ def test_what_cannot_be_kept_is_a_recipe_error(tiny_recipe, settings, named):
     with pytest.raises(RecipeError) as raised:
         load_recipe(tiny_recipe, ["data.transform=eval", "data.prompt_cache=true", *settings])
     assert all(name in str(raised.value) for name in named)
+
+
+@pytest.mark.parametrize(
+    ("free_rows", "settings", "said"),
+    [
+        (40, [], "more than 50% of the 0.0 GiB that its disk has free"),  # 24 rows would fit, and little else
+        (20, ["data.prompt_cache=true"], "free for the prompt cache"),
+        (20, ["data.vision_cache=true", "data.cache_fill=first_epoch"], "free for the vision cache"),
+    ],
+)
+def test_a_disk_without_room(tiny_recipe, tmp_path, monkeypatch, capfd, free_rows, settings, said):
+    """Auto leaves room for checkpoints; what is asked for by name is refused before a row is written."""
+    row_bytes = Layout(1, 1, 4, 16, torch.float32).row_bytes
+    for module in ("prompt_cache", "data.feature_cache"):
+        monkeypatch.setattr(f"vpgtrans.engine.{module}.disk_free_bytes", lambda _: free_rows * row_bytes)
+    if settings:
+        with pytest.raises(DataError, match=said):
+            went(tiny_recipe, tmp_path / "run", *settings)
+    else:
+        went(tiny_recipe, tmp_path / "run", "stages.1.pairs=11")
+        assert said in " ".join(capfd.readouterr().err.split())
+    assert not list((tmp_path / "cache").glob("*/rows.crc"))
 
 
 def test_auto_writes_nothing_that_is_not_read_again(tiny_recipe, tmp_path, capfd):

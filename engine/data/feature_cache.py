@@ -1,8 +1,8 @@
 """Vision and prompt caches: features, or what a frozen VPG makes of them, read from a table (feature_table.py) and stored where they are absent.
 
 The key of a cache is a hash of what its rows depend on: the tower's weights and config, the transform, precision and images (names, bytes and
-times of change), and for prompts the VPG's weights and sizes too, so a stale cache is never found.  View v of image i is what epoch v would draw, and epoch e reads view e mod views: with the eval
-transform one view is the truth, with the train transform k views stand for all.
+times of change), and for prompts the VPG's weights and sizes too, so a stale cache is never found.  View v of image i is what epoch v would draw,
+and epoch e reads view e mod views: with the eval transform one view is the truth, with the train transform k views stand for all.
 
 Where a row of a micro-batch is absent, all of the micro-batch is computed and what was absent is stored: so what a run stores depends on its
 own order alone, not on how far ahead it reads, and a run that was stopped goes on bit for bit.
@@ -130,10 +130,12 @@ class StoredFeatures(FeatureSource):
     def settle(self) -> None:
         """Mark the table complete where all of it is there and sound.  Every rank must call it."""
         runtime, table = self.runtime, self.table
-        if not table.is_complete and not table.missing():
-            table.verify(runtime.rank, runtime.world_size)
+        # All ranks or none: another run may store the last row between two of them, and each verifies a share.
+        if not all(runtime.gather(not table.is_complete and not table.missing())):
+            return
+        table.verify(runtime.rank, runtime.world_size)
         runtime.wait()  # for every rank's share
-        if runtime.is_main and not table.is_complete and not table.missing():
+        if runtime.is_main and not table.missing():
             table.mark_complete()
 
     def _compute(self, of_inner: Any) -> Tensor:
@@ -238,6 +240,7 @@ def open_features(
     if cache_root is None:
         return live
     identity = vision_identity(live, views if transform == "train" else 1, precision)
+    check_space(identity, identity.folder(cache_root))
     stored = StoredFeatures(identity, identity.open(cache_root), live, log, must_store=fill == "ahead")
     if fill == "ahead":
         fill_ahead(stored)
@@ -250,7 +253,6 @@ def fill_ahead(stored: StoredFeatures) -> None:
     """Compute every absent row.  Ranks and other processes that fill the same table share the work; every rank must call it."""
     table, runtime, log = stored.table, stored.runtime, stored.log
     if not table.is_complete and table.missing():
-        check_space(stored.identity, table.folder)
         log.say(
             f"{stored.identity.kind} cache: {table.missing():,} of {table.layout.rows:,} rows to compute -> {table.folder} "
             f"({table.layout.bytes / 2**20:,.0f} MiB)"

@@ -118,7 +118,11 @@ def traffic(
     if optimizer == "sharded" and gpus > 1:
         whole = GRADIENT_BYTES * gpus * part_elements(costs.tensor_sizes, gpus)
         weights_s = link_s(all_gather_bytes(whole, gpus), all_gather_bytes(whole, nodes))
-        gathered, gather_s, exposed = gathered + all_gather_bytes(whole, gpus), gather_s + weights_s, exposed + weights_s
+        gathered, gather_s, exposed = (
+            gathered + all_gather_bytes(whole, gpus),
+            gather_s + weights_s,
+            exposed + weights_s,
+        )
     return Traffic(gathered, reduced, gather_s, reduce_s, exposed)
 
 

@@ -148,7 +148,9 @@ def estimate(costs: StageCosts, pairs: int, device: Device, gpus: int, cache_bui
         host_bound = host_bound or (part == BLOCKS and device.overlaps and issuing > on_device)
         update_s += max(on_device, issuing) if device.overlaps else on_device + issuing
     summing_s = 2 * (gpus - 1) / gpus * 4 * costs.trainable / device.link_bytes_s
-    return StageEstimate(costs, pairs, update_s + summing_s, parts, host_bound, 1.0 - 1.0 / (share * gpus), cache_build_s)
+    return StageEstimate(
+        costs, pairs, update_s + summing_s, parts, host_bound, 1.0 - 1.0 / (share * gpus), cache_build_s
+    )
 
 
 def own_micro_batches(micro_batches: float, gpus: int) -> float:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import ValidationError
+
 from ..recipe import TransferRecipe
 from .costs import BLOCKS, HEAD, PROJECTOR, TOWER, VPG_, StageCosts
 from .trace import Cost
@@ -89,7 +91,7 @@ def savings(
 
 
 def switches(recipe: TransferRecipe, largest_rows: int, on_gpu: bool) -> list[Switch]:
-    """The switches of a recipe that change its cost, each flipped; largest_rows: rows_per_micro_batch that fits."""
+    """The switches of a recipe that change its cost, each flipped, where it can be; largest_rows: rows_per_micro_batch that fits."""
     data = recipe.data
     found = []
     if data.captions_per_image != "all":
@@ -97,10 +99,13 @@ def switches(recipe: TransferRecipe, largest_rows: int, on_gpu: bool) -> list[Sw
     if data.captions_per_image != 1:
         found.append(_data("captions_per_image", 1, "the authors' sampling"))
     if data.vision_cache:
-        found.append(Switch(("data.vision_cache=false", "data.views=1"), {"vision_cache": False, "views": 1}))
+        ahead = ("data.cache_fill=ahead",) if data.cache_fill != "ahead" else ()
+        changes = {"vision_cache": False, "views": 1, "cache_fill": "ahead"}
+        found.append(Switch(("data.vision_cache=false", "data.views=1", *ahead), changes))
     elif data.transform == "eval":
         found.append(_data("vision_cache", True, "exact"))
     else:
+        own = (f"data.train.{i}.transform=eval" for i, entry in enumerate(data.train) if entry.transform == "train")
         found.append(
             Switch(
                 ("data.vision_cache=true", "data.views=2"), {"vision_cache": True, "views": 2},
@@ -109,7 +114,7 @@ def switches(recipe: TransferRecipe, largest_rows: int, on_gpu: bool) -> list[Sw
         )  # fmt: skip
         found.append(
             Switch(
-                ("data.vision_cache=true", "data.transform=eval"), {"vision_cache": True, "transform": "eval"},
+                ("data.vision_cache=true", "data.transform=eval", *own), {"vision_cache": True, "transform": "eval"},
                 "no augmentation",
             )
         )  # fmt: skip
@@ -118,7 +123,16 @@ def switches(recipe: TransferRecipe, largest_rows: int, on_gpu: bool) -> list[Sw
     if largest_rows > 1 and largest_rows != data.rows_per_micro_batch:
         found.append(_data("rows_per_micro_batch", largest_rows, "rows: the most that fit or that an update has"))
     found.append(_precision(recipe, on_gpu))
-    return found
+    return [switch for switch in found if _is_valid(recipe, switch)]
+
+
+def _is_valid(recipe: TransferRecipe, switch: Switch) -> bool:
+    """Whether the recipe would be taken with the switch's settings: FFCV's loader has no vision cache, say."""
+    try:
+        TransferRecipe.model_validate(flipped(recipe, switch).model_dump())
+    except ValidationError:
+        return False
+    return True
 
 
 def flipped(recipe: TransferRecipe, switch: Switch) -> TransferRecipe:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .startup import StartError, compare_ranks, meet, read_world
+from .startup import RankMissing, StartError, compare_ranks, meet, read_world
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def _join(backend: str, rank: int, world_size: int, timeout_s: float, same: dict
         raise
     except (RuntimeError, ValueError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise StartError(
+        raise RankMissing(
             f"rank {rank}: expected to meet {world_size} ranks at {where} within {timeout_s:g} s: {str(error).splitlines()[0]}"
         ) from error
 

@@ -25,6 +25,7 @@ from .recipe import Recipe
 
 NEEDED_BY_RANKS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 GRACE_S = 15.0
+DID_NOT_START = "did not start within"
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
@@ -34,6 +35,10 @@ class StartError(ValueError):
     def __init__(self, message: str, quiet: bool = False):
         super().__init__(message)
         self.quiet = quiet
+
+
+class RankMissing(StartError):
+    """A rank that did not come or has gone; another start may find it."""
 
 
 def read_world() -> tuple[int, int, int]:
@@ -121,7 +126,7 @@ def meet(store: Store, rank: int, world_size: int, timeout_s: float) -> str:
         try:
             store.wait([f"answer/{own}"], timedelta(seconds=timeout_s + GRACE_S))
         except (DistError, RuntimeError) as error:
-            raise StartError(f"rank {rank}: rank 0 did not start, or has gone ({_line(error)})") from error
+            raise RankMissing(f"rank {rank}: rank 0 did not start, or has gone ({_line(error)})") from error
         start = store.get(f"answer/{own}").decode()
         store.set(f"heard/{start}/{rank}", "1")
         return start
@@ -161,9 +166,10 @@ def compare_ranks(
             verdict = store.get("start/verdict").decode()
             store.set(f"start/read/{rank}", "1")
         except (DistError, RuntimeError) as error:
-            raise StartError(f"rank {rank}: rank 0 has gone before all ranks had started ({_line(error)})") from error
+            raise RankMissing(f"rank {rank}: rank 0 has gone before all ranks had started ({_line(error)})") from error
     if verdict:
-        raise StartError(verdict, quiet=rank != 0)
+        kind = RankMissing if DID_NOT_START in verdict else StartError
+        raise kind(verdict, quiet=rank != 0)
 
 
 def _verdict(store: Store, world_size: int, own: dict[str, str], timeout_s: float, since: float) -> str:
@@ -173,7 +179,7 @@ def _verdict(store: Store, world_size: int, own: dict[str, str], timeout_s: floa
         try:
             store.wait([f"start/{rank}"], timedelta(seconds=max(0.1, deadline - time.monotonic())))
         except (DistError, RuntimeError):
-            return f"rank {rank} of {world_size} did not start within {timeout_s:g} s (guards.timeout_s)"
+            return f"rank {rank} of {world_size} {DID_NOT_START} {timeout_s:g} s (guards.timeout_s)"
         other = json.loads(store.get(f"start/{rank}"))
         different = sorted(k for k in own.keys() | other["facts"].keys() if own.get(k) != other["facts"].get(k))
         if different:

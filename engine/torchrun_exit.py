@@ -23,7 +23,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 RECIPE_ERROR = 2
 STOPPED_ON_NOTICE = 75
@@ -36,6 +36,7 @@ def get_handler() -> Callable[..., NoReturn]:
     """Entry point of the group `torchrun.handlers`: installs the hook where it is due; returns a handler factory."""
     if is_torchrun(sys.orig_argv) and any(_is_train_script(argument) for argument in sys.argv[1:]):
         _wrap_excepthook()
+        _end_with_meaningful_codes()
         # The default of torchrun's --signals-to-handle, which knows no SIGUSR1.
         os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
     return _refuse_to_be_a_backend
@@ -69,6 +70,24 @@ def _wrap_excepthook() -> None:
         previous_hook(kind, error, traceback)
 
     sys.excepthook = end_with_the_workers_code
+
+
+def _end_with_meaningful_codes() -> None:
+    """Without it torchrun, told to restart what fails, would start a wrong recipe again and again, and a run that a scheduler has stopped."""
+    # Of torchrun's modules only this one can be imported already; its agents ask it whether a worker has ended.
+    from torch.distributed.elastic.multiprocessing.api import PContext
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    wait = PContext.wait
+
+    def wait_or_end(context: PContext, *arguments: Any, **settings: Any) -> Any:
+        found = wait(context, *arguments, **settings)
+        if found is not None and any(f.exitcode in (RECIPE_ERROR, STOPPED_ON_NOTICE) for f in found.failures.values()):
+            context.close()  # the other workers of this machine, as before a restart
+            raise ChildFailedError(context.name, found.failures)
+        return found
+
+    PContext.wait = wait_or_end
 
 
 def _meaningful_exit_code(error: BaseException) -> int | None:

@@ -62,7 +62,7 @@ def _run(recipe: TransferRecipe, dry: bool) -> int:
     from .models.llm import ModelError
     from .notice import EXIT_CODE, StoppedOnNotice
     from .out_of_memory import explain, shortage
-    from .startup import StartError
+    from .startup import RankMissing, StartError
 
     try:
         if dry:
@@ -79,7 +79,7 @@ def _run(recipe: TransferRecipe, dry: bool) -> int:
     except StartError as error:
         if not error.quiet:
             print(error, file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, RankMissing) else 2  # torchrun may start the ranks again after a 1
     except RunStopped as error:
         if not error.quiet:
             print(f"stopped: {error}", file=sys.stderr)

@@ -15,14 +15,14 @@ def make_fault(name: str) -> None:
     nan-at-3            its third loss is not a number
     killed-in-eval-4    it is noticed in its fourth evaluation, and killed there when it has saved what it saves
     other-projector     it begins with other values
-    other-captions      its captions score as if it alone got worse
+    other-captions      its captions score as if it alone got better
     """
     from vpgtrans.engine.models.vlm import VisionLanguageModel
 
     if name == "other-projector":
         return begin_elsewhere()
     if name == "other-captions":
-        return score_worse()
+        return score_better()
     if name.startswith("killed-in-eval"):
         return be_killed(int(name.rpartition("-")[2]))
 
@@ -71,7 +71,7 @@ def begin_elsewhere() -> None:
     loop.build_model = build_model
 
 
-def score_worse() -> None:
+def score_better() -> None:
     from vpgtrans.engine.evaluation import Validator
 
     real, calls = Validator.captions, []
@@ -79,7 +79,7 @@ def score_worse() -> None:
     def captions(self, model):
         calls.append(1)
         scores, texts = real(self, model)
-        return {**scores, "cider": -float(len(calls))}, texts
+        return {**scores, "cider": float(len(calls))}, texts
 
     Validator.captions = captions
 

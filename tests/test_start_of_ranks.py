@@ -19,6 +19,7 @@ from vpgtrans.engine.data.images import ImageRefused
 from vpgtrans.engine.notice import Notice
 from vpgtrans.engine.recipe import load_recipe, save_recipe
 from vpgtrans.engine.startup import StartError, meet
+from vpgtrans.engine.train import main
 
 
 def meeting(store: dist.Store, ranks: list[int], world_size: int, timeout_s: float = 20.0) -> dict[int, str]:
@@ -40,7 +41,7 @@ def test_ranks_meet_again_in_a_store_that_is_full_of_those_before():
     assert len({of_start[0] for of_start in names}) == 3
     assert len(set(meeting(store, [1, 0], 2).values())) == 1  # a smaller world
     meeting(store, [0], 2, 0.3)  # rank 1 is gone, and what it said before counts for nothing
-    with pytest.raises(StartError, match="rank 1 of 2 did not start within"):
+    with pytest.raises(startup.RankMissing, match="rank 1 of 2 did not start within"):
         startup.compare_ranks(dist.PrefixStore("new", store), 0, 2, {}, 0.1)
 
 
@@ -214,3 +215,13 @@ def test_a_damaged_record_of_a_packed_set_is_reported():
     )  # fmt: skip
     outcome.report_bad_images(this)
     assert warned == [{"step": 3, "file": "shard-00000.beton: sample 7"}]
+
+
+@pytest.mark.parametrize(("kind", "code"), [(startup.RankMissing, 1), (StartError, 2)])
+def test_a_missing_rank_is_no_mistake_of_the_caller(kind, code, tiny_recipe, monkeypatch, capsys):
+    def run(recipe):
+        raise kind("rank 1 is not as it should be")
+
+    monkeypatch.setattr(loop, "run", run)
+    assert main([str(tiny_recipe)]) == code
+    assert capsys.readouterr().err == "rank 1 is not as it should be\n"

@@ -42,6 +42,12 @@ def test_two_workers_stopped_on_notice_started_as_a_module_inside_engine(folder:
     assert returned == 75, output
 
 
+@pytest.mark.parametrize(("code", "expected", "starts"), [(2, 2, 1), (75, 75, 1), (3, 1, 2)])
+def test_what_a_restart_cannot_mend_is_not_restarted(folder: Path, code: int, expected: int, starts: int) -> None:
+    returned, output = run(TORCHRUN, "--max-restarts", "1", "engine/train.py", str(code), cwd=folder)
+    assert returned == expected and output.count("the recipe is wrong") == starts, output
+
+
 SAVES_ON_NOTICE = """
 import os, pathlib, signal, sys, time
 def save(number, frame):

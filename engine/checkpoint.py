@@ -12,6 +12,7 @@ No pickle anywhere, so a checkpoint from a stranger can run nothing.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -321,9 +322,20 @@ def _remove_old(root: Path, step: int, keep: int) -> None:
     """Keep the newest `keep` up to `step`; those beyond it were passed over as damaged when the run resumed."""
     folders = sorted(root.glob("step-[0-9]*"), key=_age, reverse=True)
     kept = [folder for folder in folders if _age(folder)[0] <= step][:keep]
-    leftovers = [*root.glob(".step-*.tmp"), *root.glob(".step-[0-9]*.replaced")]
-    for folder in (*(f for f in folders if f not in kept), *leftovers):
-        shutil.rmtree(folder, ignore_errors=True)
+    for folder in folders:
+        if folder not in kept:
+            remove_folder(folder)
+    for leftover in (*root.glob(".step-*.tmp"), *root.glob(".step-[0-9]*.replaced"), *root.glob(".*.removed")):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder so that a kill on the way leaves none of its name half empty."""
+    hidden = folder.with_name(f".{folder.name}.removed")
+    shutil.rmtree(hidden, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):
+        folder.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
 
 
 def fsync(path: Path) -> None:

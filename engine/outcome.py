@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from torch import nn
 
-from .checkpoint import write_json
+from .checkpoint import remove_folder, write_json
 from .cost import EVALUATION, cost_table
 from .data.images import ImageRefused
 from .data.packing import UpdateOrder
@@ -161,7 +161,7 @@ def finish(this: Run) -> dict[str, Any]:
         temporary = folder / ".model.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.copytree(best, temporary)
-        shutil.rmtree(folder / "model", ignore_errors=True)
+        remove_folder(folder / "model")
         temporary.rename(folder / "model")
     this.runtime.wait()  # for rank 0's copy
     _load_into(this.model, folder / "model")

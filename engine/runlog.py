@@ -13,9 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-console = Console(
-    stderr=True, highlight=False, markup=False
-)  # of markup, `pip install 'vpgtrans[triton]'` would lose its extra
+# No markup: `pip install 'vpgtrans[triton]'` would lose its extra.
+console = Console(stderr=True, highlight=False, markup=False)
 PLAIN_LINE_SECONDS = 10.0
 
 

@@ -300,3 +300,21 @@ def test_clip_returns_the_norm_before():
     parameter.grad = torch.tensor([3.0, 4.0])
     assert clip_([parameter], 1.0).item() == pytest.approx(5.0)
     assert parameter.grad.norm().item() == pytest.approx(1.0, rel=1e-4)
+
+
+def test_a_kill_while_an_old_checkpoint_is_removed_leaves_none_half_empty(tmp_path, monkeypatch):
+    module, optimizer = trained()
+    save_checkpoint(tmp_path, 1, trainable_tensors(module), optimizer, {"step": 1}, keep=1)
+
+    def stopped_half_way(folder: Path, ignore_errors: bool = False) -> None:
+        if folder.exists():
+            (folder / "state.json").unlink()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", stopped_half_way)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(tmp_path, 2, trainable_tensors(module), optimizer, {"step": 2}, keep=1)
+    monkeypatch.undo()
+    assert [verify(f) for f in sorted(tmp_path.glob("step-*"))] == [None]
+    save_checkpoint(tmp_path, 3, trainable_tensors(module), optimizer, {"step": 3}, keep=1)
+    assert [f.name for f in tmp_path.iterdir()] == ["step-00000003"]

@@ -136,7 +136,9 @@ def test_real_processes_send_what_the_formulas_say(ranks, tiny_world, tmp_path, 
     path, jobs = write_even_recipe(tiny_world, tmp_path), []
     for name, (frozen, optimizer) in LAYOUTS.items():
         settings = [f"distribution.frozen={frozen}", f"distribution.optimizer={optimizer}"]
-        arguments = [str(path), f"output.folder={tmp_path / name}", *settings]
+        # Enough for some ranks to have two micro-batches.
+        sizes = [f"stages.0.batch_pairs={11 * ranks // 2}", f"stages.0.pairs={33 * ranks // 2}"]
+        arguments = [str(path), f"output.folder={tmp_path / name}", *settings, *sizes]
         jobs.append({"ranks": ranks, "arguments": arguments, "payloads": str(tmp_path / f"{name}.jsonl")})
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     command = [sys.executable, str(Path(__file__).with_name("run_ranks.py")), str(tmp_path / "jobs.json")]

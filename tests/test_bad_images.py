@@ -121,7 +121,7 @@ def test_an_unusable_image_is_listed_and_its_neighbours_are_as_ever(opened, worl
 def test_a_cache_remembers_what_it_lacks(opened, world):
     for n in (1, 5):
         damage(training_images(world)[n])
-    assert list(opened(cached=True).unusable) == list(opened(cached=True).unusable) == [1, 5]
+    assert sorted(opened(cached=True).unusable) == sorted(opened(cached=True).unusable) == [1, 5]
     with pytest.raises(DataError, match="lacks 2 images"):
         opened("fail", cached=True)
 

@@ -121,6 +121,8 @@ def test_ctrl_c_ends_with_one_line_that_names_the_checkpoint(tiny_recipe, tmp_pa
     process = subprocess.Popen(
         [sys.executable, TRAIN, tiny_recipe, "stages.1.pairs=200000"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # A shell starts what it runs in the background deaf to Ctrl-C, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
     deadline = time.monotonic() + 120
     while not list((tmp_path / "run" / "checkpoints").glob("step-*")) and time.monotonic() < deadline:

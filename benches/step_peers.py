@@ -22,6 +22,7 @@ import importlib.util
 import multiprocessing
 import time
 import traceback
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -174,7 +175,7 @@ def make_blip2(settings: Settings) -> Blip2ForConditionalGeneration:
     return model.requires_grad_(False).eval()
 
 
-class Peer:
+class Peer(ABC):
     """One way to make an optimiser step.  `load` sets a stage and the pairs; then `check`, `step`, `flops` and `peak_mib` can be asked for."""
 
     sources = ("live",)  # where image features come from; the engine has stored ones too
@@ -185,19 +186,20 @@ class Peer:
         self.optimizer: torch.optim.Optimizer | None = None
         self.modules: nn.Module
 
+    @abstractmethod
     def load(self, stage: int, captions: int, **setting: Any) -> dict[str, Any]:
-        raise NotImplementedError
+        """Set a stage and its pairs; what a row tells of the setting."""
 
-    def train_mode(self) -> None:
+    def train_mode(self) -> None:  # noqa: B027, nothing to set for some
         """Every part in the mode that it trains in."""
 
+    @abstractmethod
     def accumulate(self, source: str) -> Tensor:
         """Gradients of the mean loss of all pairs; returns that mean."""
-        raise NotImplementedError
 
+    @abstractmethod
     def watched(self) -> dict[str, Tensor | None]:
         """Gradients by which peers are compared."""
-        raise NotImplementedError
 
     def update(self, loss: Tensor) -> None:
         self.optimizer.step()

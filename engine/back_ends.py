@@ -9,12 +9,12 @@ from .models.attention_back_ends import back_end_unsupported_reason
 from .models.llm import LOAD_ERRORS, attention_of
 from .optim import apex_unsupported_reason
 from .recipe import LMRecipe, Recipe, RecipeError, TransferRecipe, VisionRecipe, VPGRecipe
+from .runtime import device_kind
 
 
 def check_back_ends(recipe: Recipe) -> None:
     """Raises RecipeError, with the remedy, where an implementation that the recipe names is not installed or cannot run here."""
-    on_gpu = recipe.device != "cpu" and torch.cuda.is_available()
-    device = torch.device("cuda" if on_gpu else "cpu")
+    device = torch.device(device_kind(recipe.device))
     if isinstance(recipe, TransferRecipe):
         optimizers = {f"stages.{i}.optimizer": stage.optimizer for i, stage in enumerate(recipe.stages)}
         if recipe.attention not in ("auto", "sdpa"):

@@ -22,6 +22,7 @@ from .kernel_choice import MEASURED, fp8_reason
 from .models.attention_back_ends import back_end_unsupported_reason
 from .optim import apex_unsupported_reason
 from .recipe import Kernels
+from .runtime import device_kind
 
 REQUIRED = (
     "torch",
@@ -59,7 +60,7 @@ TRITON_OPERATIONS = (
 
 
 def _gpu_or_cpu() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device_kind("auto"))
 
 
 # Operation of kernels/ -> its fast implementation, and why that cannot run here (None where it can).

@@ -19,7 +19,6 @@ import yaml
 from torch import Tensor
 
 from . import cost, outcome
-from .back_ends import check_back_ends
 from .checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, trainable_tensors
 from .data.captioned import open_captioned, open_training
 from .data.coco import read_questions
@@ -107,7 +106,6 @@ def run(recipe: TransferRecipe) -> dict[str, Any]:
     """
     check_machine(recipe)
     about_loader = check_ffcv(recipe.data) if recipe.data.loader == "ffcv" else None
-    check_back_ends(recipe)
     with guarded(recipe) as (runtime, guard):
         return _run(recipe, runtime, guard, about_loader)
 
@@ -179,7 +177,7 @@ def _common_checkpoint(root: Path, runtime: Runtime) -> tuple[Path | None, list[
 
 
 def _check_same_recipe(recipe: TransferRecipe, folder: Path) -> None:
-    """A folder with checkpoints goes on only with the recipe that made them; `output`, `threads` and `distribution` may differ."""
+    """A folder with checkpoints goes on only with the recipe that made them; `output`, `threads`, `guards` and `distribution` may differ."""
     path = folder / "recipe.yaml"
     before = yaml.safe_load(path.read_text()) if path.is_file() else {}
     now = recipe.model_dump(mode="json")
@@ -319,8 +317,8 @@ def _train_stage(this: Run, index: int, checkpoint: Path | None) -> None:
     for tensor in _trained_so_far(this, index).values():
         this.runtime.broadcast_(tensor)  # machines may round a converter differently, and replicas never meet again
     order = _order(this, stage)
-    total = _stage_pairs(stage, order)
-    this.meter.stage_pairs = {s.name: _stage_pairs(s, _order(this, s)) for s in recipe.stages}
+    this.meter.stage_pairs = {s.name: _stage_pairs(this, s) for s in recipe.stages}
+    total = this.meter.stage_pairs[stage.name]
     log.say(outcome.freeze_table(this.model, this.origins, stage, order, total, recipe.stages))
     if not checkpoint:
         trainable = sum(p.numel() for p in tensors.values())
@@ -364,8 +362,8 @@ def _order(this: Run, stage: Stage) -> UpdateOrder:
     )
 
 
-def _stage_pairs(stage: Stage, order: UpdateOrder) -> int:
-    return stage.pairs or round(stage.epochs * order.epoch_pairs)
+def _stage_pairs(this: Run, stage: Stage) -> int:
+    return stage.pairs or round(stage.epochs * _order(this, stage).epoch_pairs)
 
 
 def _contiguous(subsets: list[Subset]) -> list[Subset]:

@@ -16,12 +16,12 @@ from .kernel_choice import unsupported_kernels
 from .models.llm import LanguageModel
 from .recipe import RecipeError, TransferData, TransferRecipe
 from .regions import unsupported_steps
+from .runtime import device_kind
 
 
 def run_device(recipe: TransferRecipe) -> torch.device:
     """The kind of device that a run takes on this machine."""
-    kind = ("cuda" if torch.cuda.is_available() else "cpu") if recipe.device == "auto" else recipe.device
-    return torch.device(kind)
+    return torch.device(device_kind(recipe.device))
 
 
 def machine_problems(recipe: TransferRecipe) -> list[str]:

@@ -72,6 +72,11 @@ class Runtime:
         return f"{name} x {self.world_size}, {str(self.compute_dtype).removeprefix('torch.')}"
 
 
+def device_kind(device: str) -> str:
+    """What `device` of a recipe means on this machine: auto is a GPU where there is one."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
 def start(
     device: str = "auto",
     precision: str = "auto",
@@ -90,7 +95,7 @@ def start(
         torch.set_num_threads(threads)
     if device == "cuda" and not torch.cuda.is_available():
         raise StartError("device: expected a CUDA GPU, found none; set device=cpu or device=auto")
-    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    kind = device_kind(device)
     if kind == "cuda" and local_rank >= torch.cuda.device_count():
         raise StartError(
             f"environment: expected LOCAL_RANK below the {torch.cuda.device_count()} GPUs of this machine, got {local_rank}; start as many "

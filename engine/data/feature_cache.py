@@ -31,6 +31,7 @@ from .features import Computed, FeatureSource, LiveFeatures
 from .packing import Group, TokenisedCaptions
 from .reading import DataError
 
+PROGRESS_S = 1.0
 BUILD_BATCH = 32
 GIB = 2**30
 NOT_OF_OUTPUTS = frozenset(
@@ -252,9 +253,9 @@ def open_features(
 def fill_ahead(stored: StoredFeatures) -> None:
     """Compute every absent row.  Ranks and other processes that fill the same table share the work; every rank must call it."""
     table, runtime, log = stored.table, stored.runtime, stored.log
-    if not table.is_complete and table.missing():
+    if not table.is_complete and (absent := table.missing()):
         log.say(
-            f"{stored.identity.kind} cache: {table.missing():,} of {table.layout.rows:,} rows to compute -> {table.folder} "
+            f"{stored.identity.kind} cache: {absent:,} of {table.layout.rows:,} rows to compute -> {table.folder} "
             f"({table.layout.bytes / 2**20:,.0f} MiB)"
         )
         while True:
@@ -272,6 +273,7 @@ def _fill(stored: StoredFeatures) -> None:
     chunks = [(v, at, min(BUILD_BATCH, images - at)) for v in range(views) for at in range(0, images, BUILD_BATCH)]
     own = chunks[runtime.rank :: runtime.world_size]
     waiting = own + [c for n, c in enumerate(chunks) if n % runtime.world_size != runtime.rank]
+    show_at = 0.0
     while waiting:
         left = []
         for view, at, count in waiting:
@@ -283,10 +285,12 @@ def _fill(stored: StoredFeatures) -> None:
                     stored([Group(i, view, ()) for i in range(at, at + count)])
                 else:
                     left.append((view, at, count))
-            done = table.layout.rows - table.missing()
-            stored.log.progress(
-                f"{stored.identity.kind} cache", done, table.layout.rows, f"{done:,} of {table.layout.rows:,} rows"
-            )
+            if time.monotonic() >= show_at:  # counting passes over the entries of all rows
+                show_at = time.monotonic() + PROGRESS_S
+                done = table.layout.rows - table.missing()
+                stored.log.progress(
+                    f"{stored.identity.kind} cache", done, table.layout.rows, f"{done:,} of {table.layout.rows:,} rows"
+                )
         if len(left) == len(waiting):
             time.sleep(0.1)  # another process is at all of them
         waiting = left

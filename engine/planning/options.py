@@ -17,7 +17,11 @@ def parser() -> argparse.ArgumentParser:
         "--gpu", required=True, choices=GPUS, help="datasheet or measured rates; cpu: this machine, measured now"
     )
     made.add_argument(
-        "--gpus", type=int, default=1, metavar="N", help="data parallel, laid out as the recipe's `distribution` has it; default: 1"
+        "--gpus",
+        type=int,
+        default=1,
+        metavar="N",
+        help="data parallel, laid out as the recipe's `distribution` has it; default: 1",
     )
     made.add_argument("--price-per-gpu-hour", type=float, metavar="X", help="in any currency")
     made.add_argument("--efficiency", type=float, metavar="SHARE", help="of the peaks; default: measured, or 0.7")

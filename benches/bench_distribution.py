@@ -58,7 +58,7 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from vpgtrans.engine import loop
+from vpgtrans.engine import loop, prepare
 from vpgtrans.engine.checkpoint import CheckpointWriter, trainable_tensors
 from vpgtrans.engine.data.dealing import group_tokens
 from vpgtrans.engine.data.stream import UpdateStream
@@ -71,8 +71,10 @@ from vpgtrans.engine.planning.communication import traffic
 from vpgtrans.engine.planning.devices import find_device
 from vpgtrans.engine.planning.layout import frozen_blocks
 from vpgtrans.engine.recipe import Stage, TransferRecipe, load_recipe
+from vpgtrans.engine.resume import Progress
 from vpgtrans.engine.runlog import RunLog
 from vpgtrans.engine.runtime import Runtime, start, stop
+from vpgtrans.engine.stage_data import update_lengths, update_order
 from vpgtrans.engine.tiny_world import tiny_recipe, write_tiny_world, write_tower
 
 UPDATES, SAVE_EVERY = 6, 3
@@ -183,13 +185,13 @@ class Bench:
             own = recipe.model_copy(update={"distribution": chosen})
             torch.manual_seed(recipe.seed)
             log = RunLog(folder / f"run-{frozen}", enabled=False)
-            self.runs[frozen] = this = loop._prepare(own, runtime, log, loop.Progress())
+            self.runs[frozen] = this = prepare.prepare(own, runtime, log, Progress())
             this.meter.stage_pairs = {stage.name: stage.pairs for stage in own.stages}
 
     def chunk(self, arm: Arm, updates: int) -> Clock:
         """Train; the clock has the marks.  What an arm leaves behind in weights is no matter: the learning rate is next to 0."""
         this = self.runs[arm.frozen]
-        this.progress, stage = loop.Progress(), this.recipe.stages[0]
+        this.progress, stage = Progress(), this.recipe.stages[0]
         this.model.freeze_for(stage.trains, stage.frozen_dropout)
         tensors = trainable_tensors(this.model)
         optimizer = build_adamw(tensors.items(), stage.optimizer)
@@ -203,7 +205,7 @@ class Bench:
         this.guard = clock = Clock(self.runtime, updates, self.folder, arm, guard, self.sends)
         train = plain_loop if arm is PLAIN else loop._loop
         try:
-            order = loop._order(this, stage)
+            order = update_order(this, stage)
             train(this, 0, stage, order, optimizer, tensors, (updates + 2) * stage.batch_pairs)
         except Enough:
             pass
@@ -283,11 +285,11 @@ def expected(plan: Plan, arm: Arm, micro_batches: list[int], ranks: int) -> dict
     }  # fmt: skip
 
 
-def plain_loop(this: loop.Run, _index: int, stage: Stage, order: Any, optimizer: Any, tensors: dict[str, Tensor], total: int) -> None:  # fmt: skip
+def plain_loop(this: prepare.Run, _index: int, stage: Stage, order: Any, optimizer: Any, tensors: dict[str, Tensor], total: int) -> None:  # fmt: skip
     """What a careful engineer would write first, over the engine's stream of micro-batches."""
     runtime, data, parameters = this.runtime, this.recipe.data, list(tensors.values())
     stream = UpdateStream(
-        order, loop._lengths(0, total, stage.batch_pairs),
+        order, update_lengths(0, total, stage.batch_pairs),
         lambda groups: this.model.pack(
             groups, this.data, data, fixed_shape=runtime.device.type == "cuda", split_seed=this.recipe.seed
         ),

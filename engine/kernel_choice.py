@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from ..kernels.frozen_linear import fp8_unsupported_reason
-from ..kernels.quantise_frozen import QuantiseError, quantise_frozen_
+from ..kernels.quantise_frozen import FrozenLinear, QuantiseError, quantise_frozen_
 from ..kernels.triton_support import triton_unsupported_reason
 from .models.causal import CausalLanguageModel
 from .models.llm import LanguageModel, ModelError
@@ -63,8 +64,8 @@ def use_kernels(
     # Operation -> why it cannot run (None where it can), and what switches it on.
     operations: dict[str, tuple[str | None, Callable[[], None]]] = {
         "frozen_linear": (
-            _fp8_reason(device, llm),
-            lambda: _quantise(llm, tower, device, log),
+            fp8_reason(device),
+            lambda: [quantise_(part, llm, tower, device, log) for part in ("language model", "tower")],
         ),  # first: the others see the new modules
         "prefix_attention": (_prefix_attention_reason(llm, device), lambda: _attend_by_prefix(llm)),
         # Its formed keys and values, and on the CPU its latents, are torch's own operations.
@@ -158,12 +159,6 @@ def _fuse_head(llm: LanguageModel) -> None:
     llm.fuses_head = True
 
 
-def _fp8_reason(device: torch.device, llm: LanguageModel) -> str | None:
-    return (
-        "distribution.frozen shards the blocks, which FP8 linears cannot be" if llm.is_sharded else fp8_reason(device)
-    )
-
-
 def fp8_reason(device: torch.device) -> str | None:
     """Why models on `device` do not use FP8; None where they can.  On the CPU it works, and is no use."""
     if device.type == "cpu":
@@ -171,14 +166,28 @@ def fp8_reason(device: torch.device) -> str | None:
     return fp8_unsupported_reason(device)
 
 
-def _quantise(llm: LanguageModel, tower: VisionTower, device: torch.device, log: RunLog) -> None:
-    pixels = torch.zeros(1, 3, tower.image_size, tower.image_size, device=device, dtype=next(tower.parameters()).dtype)
-    for name, module, forward in (
-        ("language model", llm.model, llm.check_contract),
-        ("tower", tower.module, lambda: tower.features(pixels)),
-    ):
-        for line in quantise_frozen_(module, run=forward).lines():
-            log.say(f"{name}: {line}")
+def uses_fp8(asked: Kernels, device: torch.device) -> bool:
+    """Whether frozen linears of a run on `device` are in FP8."""
+    named = asked.frozen_linear == "kernel" or (asked.frozen_linear == "auto" and "frozen_linear" in MEASURED)
+    return named and fp8_reason(device) is None
+
+
+def quantise_(
+    part: str, llm: LanguageModel, tower: VisionTower, device: torch.device, log: RunLog, copies: Literal[1, 2] = 2
+) -> None:
+    """Put the "language model" or the "tower" into FP8, unless it is; weights are quantised on `device`, wherever they are."""
+    module = llm.model if part == "language model" else tower.module
+    if any(isinstance(m, FrozenLinear) for m in module.modules()):
+        return  # before it was sharded
+    forward = llm.check_contract if part == "language model" else lambda: tower.features(_blank(tower))
+    for line in quantise_frozen_(module, run=forward, copies=copies, device=device).lines():
+        log.say(f"{part}: {line}")
+
+
+def _blank(tower: VisionTower) -> torch.Tensor:
+    """Pixels of one image, where the tower is."""
+    first = next(tower.parameters())
+    return torch.zeros(1, 3, tower.image_size, tower.image_size, device=first.device, dtype=first.dtype)
 
 
 def quantise_tower(asked: Kernels, tower: VisionTower, runtime: Runtime) -> None:
@@ -186,10 +195,5 @@ def quantise_tower(asked: Kernels, tower: VisionTower, runtime: Runtime) -> None
     reason = fp8_reason(runtime.device)
     if asked.frozen_linear == "kernel" and reason is not None:
         raise RecipeError(f"kernels.frozen_linear: expected auto or torch here, got kernel: {reason}")
-    if asked.frozen_linear == "kernel" or (
-        asked.frozen_linear == "auto" and "frozen_linear" in MEASURED and reason is None
-    ):
-        pixels = torch.zeros(
-            1, 3, tower.image_size, tower.image_size, device=runtime.device, dtype=runtime.compute_dtype
-        )
-        quantise_frozen_(tower.module, run=lambda: tower.features(pixels))
+    if uses_fp8(asked, runtime.device):
+        quantise_frozen_(tower.module, run=lambda: tower.features(_blank(tower)))

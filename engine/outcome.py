@@ -29,7 +29,7 @@ from .transfer.converter import ConverterReport
 from .transfer.initialise import Origins
 
 if TYPE_CHECKING:
-    from .loop import Run
+    from .prepare import Run
 
 
 def now() -> str:

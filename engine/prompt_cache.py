@@ -17,7 +17,7 @@ from .data.packing import Subset, UpdateOrder
 from .recipe import RecipeError, Stage, TransferRecipe
 
 if TYPE_CHECKING:
-    from .loop import Run
+    from .prepare import Run
 
 AUTO_SHARE = 0.1  # of a stage's encodings that a cache must spare before `auto` writes one
 AUTO_DISK = 0.5  # of what is free; nobody asked for this cache, and checkpoints need room

@@ -3,7 +3,8 @@
     report = quantise_frozen_(llm.model, run=llm.check_contract)      # any language model of transformers
     report = quantise_frozen_(tower.module, run=lambda: tower.features(images))
 
-Memory stays that of bf16: FP8 is kept twice, once for each direction (frozen_linear.py).  A norm is taken when `run`, one forward of the model,
+Memory stays that of bf16: FP8 is kept twice, once for each direction (frozen_linear.py); with `copies=1`, for blocks that are sharded over ranks
+and gathered for each pass, it halves, and so do the bytes of a gather.  A norm is taken when `run`, one forward of the model,
 shows that its result is what a quantised linear takes, and when our formula gives what the module gives.  Left as they are: what trains, the
 output head (linear_cross_entropy reads it), weights that two modules share, sizes that are no multiples of 16.
 Bench: benches/bench_frozen_linear.py.
@@ -13,11 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from .frozen_linear import ALIGNMENT, QuantisedWeight, Rows, fp8_unsupported_reason, frozen_linear, quantise_weight
+from .frozen_linear import ALIGNMENT, FP8, QuantisedWeight, Rows, fp8_unsupported_reason, frozen_linear, quantise_weight
 from .frozen_norm import Norm, norm_and_quantise, reference_norm
 
 
@@ -34,15 +36,17 @@ class Report:
     left: dict[str, str] = field(default_factory=dict)
     bytes_before: int = 0
     bytes_after: int = 0
+    copies: int = 2
 
     def lines(self) -> list[str]:
         """For a log: what runs in FP8, its memory, and what was left for which reason."""
         reasons: dict[str, list[str]] = {}
         for name, reason in self.left.items():
             reasons.setdefault(reason, []).append(name)
+        kept = "two copies, one a direction" if self.copies == 2 else "one copy for both directions"
         return [
             f"FP8: {len(self.linears)} linears and {len(self.norms)} norms in front of them, {self.bytes_after / 2**20:,.1f} MiB of weights and "
-            f"scales after {self.bytes_before / 2**20:,.1f} MiB (two copies, one a direction)",
+            f"scales after {self.bytes_before / 2**20:,.1f} MiB ({kept})",
             *(f"left, {reason}: {len(names)}, first {names[0]}" for reason, names in reasons.items()),
         ]
 
@@ -61,15 +65,14 @@ class _Fixed(nn.Module):
 class FrozenLinear(_Fixed):
     """An nn.Linear (K -> N) in FP8 that holds no parameter.  `weight` tells shape and dtype of what it stands for, and has no values."""
 
-    def __init__(self, linear: nn.Linear, fast_accumulation: bool = False):
+    def __init__(self, linear: nn.Linear, fast_accumulation: bool = False, device: torch.device | None = None):
         super().__init__()
-        quantised = quantise_weight(linear.weight)
+        quantised = quantise_weight(linear.weight.to(device or linear.weight.device))
         self.in_features, self.out_features, self.dtype = linear.in_features, linear.out_features, linear.weight.dtype
         self.fast_accumulation = fast_accumulation
-        self.register_buffer("weight_by_output", quantised.by_output.values)
-        self.register_buffer("weight_output_scales", quantised.by_output.scales)
-        self.register_buffer("weight_by_input", quantised.by_input.values)
-        self.register_buffer("weight_input_scales", quantised.by_input.scales)
+        for direction, rows in (("output", quantised.by_output), ("input", quantised.by_input)):
+            self.register_buffer(f"weight_by_{direction}", rows.values.to(linear.weight.device))
+            self.register_buffer(f"weight_{direction}_scales", rows.scales.to(linear.weight.device))
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
 
     @property
@@ -77,14 +80,38 @@ class FrozenLinear(_Fixed):
         """(N, K) on the meta device: models ask for a weight's dtype (T5 does)."""
         return torch.empty(self.out_features, self.in_features, dtype=self.dtype, device="meta")
 
-    def forward(self, x: Tensor) -> Tensor:
-        weight = QuantisedWeight(
+    def quantised(self) -> QuantisedWeight:
+        return QuantisedWeight(
             Rows(self.weight_by_output, self.weight_output_scales), Rows(self.weight_by_input, self.weight_input_scales)
         )
-        return frozen_linear(x, weight, self.bias, rows_of(x), self.fast_accumulation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return frozen_linear(x, self.quantised(), self.bias, rows_of(x), self.fast_accumulation)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, e4m3"
+
+
+class ShardableFrozenLinear(FrozenLinear):
+    """With one copy, as parameters that `fully_shard` cuts and gathers: values (N, K) and scales (N, 4), both as bytes.
+
+    Bytes, because no `.to(dtype)` converts them and every collective moves them.
+    """
+
+    def __init__(self, linear: nn.Linear, fast_accumulation: bool = False, device: torch.device | None = None):
+        nn.Module.__init__(self)
+        rows = quantise_weight(linear.weight.to(device or linear.weight.device), copies=1).by_output
+        self.in_features, self.out_features, self.dtype = linear.in_features, linear.out_features, linear.weight.dtype
+        self.fast_accumulation = fast_accumulation
+        for name, tensor in (("weight_by_output", rows.values), ("weight_output_scales", rows.scales)):
+            held = tensor.to(linear.weight.device).view(torch.uint8)
+            self.register_parameter(name, nn.Parameter(held, requires_grad=False))
+        self.register_parameter("bias", linear.bias)
+
+    def quantised(self) -> QuantisedWeight:
+        return QuantisedWeight(
+            Rows(self.weight_by_output.view(FP8), self.weight_output_scales.view(torch.float32)), None
+        )
 
 
 class FrozenNorm(nn.Module):
@@ -113,6 +140,8 @@ def quantise_frozen_(
     run: Callable[[], object] | None = None,
     keep: Iterable[nn.Module] = (),
     fast_accumulation: bool = False,
+    copies: Literal[1, 2] = 2,
+    device: torch.device | None = None,
 ) -> Report:
     """Replace the frozen linears of `module` by FP8 ones, in place, and the norms in front of them.
 
@@ -121,26 +150,29 @@ def quantise_frozen_(
         run: one forward of it (small inputs will do); None: no norm is replaced.
         keep: modules that stay as they are.
         fast_accumulation: see `frozen_linear`.
+        copies: 2: one a direction, as buffers; 1: one for both, as parameters, which can be sharded.
+        device: where it will run, and where weights are quantised, one at a time; None: where the weights are.
 
     Raises:
         QuantiseError: the device has no FP8 GEMM, or no linear of `module` can be replaced; nothing was changed.
     """
-    report = Report()
+    report = Report(copies=copies)
     linears = _replaceable(module, {id(m) for m in keep}, report)
     if not linears:
         reasons = "; ".join(dict.fromkeys(report.left.values())) or "it has no nn.Linear"
         raise QuantiseError(
             f"quantise_frozen_: expected a module with frozen linears to replace, found none: {reasons}"
         )
-    device = next(iter(linears.values())).weight.device
+    device = device or next(iter(linears.values())).weight.device
     if reason := fp8_unsupported_reason(device):
         raise QuantiseError(f"quantise_frozen_: {reason}; leave the model in bf16 on this machine")
     norms = _norms_in_front(module, set(linears.values()), run) if run else {}
     for name, linear in linears.items():
-        quantised = FrozenLinear(linear, fast_accumulation)
+        quantised = (FrozenLinear if copies == 2 else ShardableFrozenLinear)(linear, fast_accumulation, device)
         report.linears.append(name)
         report.bytes_before += linear.weight.numel() * linear.weight.element_size()
-        report.bytes_after += sum(b.numel() * b.element_size() for n, b in quantised._buffers.items() if n != "bias")
+        held = (*quantised.named_buffers(), *quantised.named_parameters())
+        report.bytes_after += sum(b.numel() * b.element_size() for n, b in held if n != "bias")
         _put(module, name, quantised)
     for name, (found, norm) in norms.items():
         report.norms.append(name)

@@ -59,16 +59,16 @@ def be_killed(at: int) -> None:
 
 
 def begin_elsewhere() -> None:
-    from vpgtrans.engine import loop
+    from vpgtrans.engine import prepare
 
-    real = loop.build_model
+    real = prepare.build_model
 
     def build_model(*arguments):
         model, origins = real(*arguments)
         model.projector.weight.data.mul_(1.001)
         return model, origins
 
-    loop.build_model = build_model
+    prepare.build_model = build_model
 
 
 def score_better() -> None:

@@ -1,9 +1,9 @@
 """Runs of a recipe in real processes with gloo: `python run_ranks.py JOBS.json`.
 
 JOBS is a list of {"ranks", "arguments"}, arguments being those of `engine/train.py`, and on request "local_ranks" (of a node), "double" (float64),
-"count" (a file for the collectives of each update), "payloads" (one for the bytes handed to them), "copy" ([folder, other] first), "forget"
-([folder, step]: then checkpoints past the step are removed) and "code" (expected of every rank, 0 if not given).  Everything is imported once and
-ranks are forked.  Exits with 1 after the first job with other exit codes.
+"fp8" (let models on the CPU be quantised), "count" (a file for the collectives of each update), "payloads" (one for the bytes handed to them),
+"copy" ([folder, other] first), "forget" ([folder, step]: then checkpoints past the step are removed) and "code" (expected of every rank, 0 if not
+given).  Everything is imported once and ranks are forked.  Exits with 1 after the first job with other exit codes.
 """
 
 from __future__ import annotations
@@ -18,16 +18,18 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+os.environ.pop("TRITON_INTERPRET", None)  # these runs are of torch's operations; kernels under the interpreter would take minutes
+
 import torch
 import torch.distributed as dist
 
-from vpgtrans.engine import guards, loop
+from vpgtrans.engine import guards, kernel_choice, loop, prepare
 from vpgtrans.engine.train import main
 
 
 def in_double_precision() -> None:
     """From here on runs compute in float64 and keep their master weights in it."""
-    start, build_model = guards.start, loop.build_model
+    start, build_model = guards.start, prepare.build_model
 
     def build_in_double(*arguments, **settings):
         model, origins = build_model(*arguments, **settings)
@@ -36,7 +38,7 @@ def in_double_precision() -> None:
         return model.double(), origins
 
     guards.start = lambda *a, **k: replace(start(*a, **k), compute_dtype=torch.float64)
-    loop.build_model = build_in_double
+    prepare.build_model = build_in_double
 
 
 def count_collectives(path: Path) -> None:
@@ -101,6 +103,8 @@ def run_rank(job: dict, rank: int, port: int) -> int:
     os.environ.update({k: str(v) for k, v in names.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     if job.get("double"):
         in_double_precision()
+    if job.get("fp8"):
+        kernel_choice.fp8_reason = lambda device: None
     if job.get("count") and rank == 0:
         count_collectives(Path(job["count"]))
     if job.get("payloads") and rank == 0:

@@ -124,7 +124,11 @@ def write_even_recipe(world: Path, folder: Path) -> Path:
     return path
 
 
-LAYOUTS = {"replicated": ("replicated", "replicated"), "sharded": ("sharded", "sharded")}
+LAYOUTS = {
+    "replicated": ("replicated", "replicated", "auto"),
+    "sharded": ("sharded", "sharded", "auto"),
+    "fp8": ("sharded", "replicated", "kernel"),
+}
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
@@ -134,27 +138,36 @@ def test_real_processes_send_what_the_formulas_say(ranks, tiny_world, tmp_path, 
     The loss and the count of targets ride along in the sum, 8 bytes.
     """
     path, jobs = write_even_recipe(tiny_world, tmp_path), []
-    for name, (frozen, optimizer) in LAYOUTS.items():
-        settings = [f"distribution.frozen={frozen}", f"distribution.optimizer={optimizer}"]
+    for name, (frozen, optimizer, linears) in LAYOUTS.items():
+        settings = [
+            f"distribution.frozen={frozen}",
+            f"distribution.optimizer={optimizer}",
+            f"kernels.frozen_linear={linears}",
+        ]
         # Enough for some ranks to have two micro-batches.
         sizes = [f"stages.0.batch_pairs={11 * ranks // 2}", f"stages.0.pairs={33 * ranks // 2}"]
         arguments = [str(path), f"output.folder={tmp_path / name}", *settings, *sizes]
-        jobs.append({"ranks": ranks, "arguments": arguments, "payloads": str(tmp_path / f"{name}.jsonl")})
+        jobs.append({"ranks": ranks, "arguments": arguments, "payloads": str(tmp_path / f"{name}.jsonl"), "fp8": True})
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     command = [sys.executable, str(Path(__file__).with_name("run_ranks.py")), str(tmp_path / "jobs.json")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    plan = make_plan(load_recipe(path))
-    stage, frozen_parts = plan.stages[0].costs, frozen_blocks(plan)
-    assert frozen_parts.llm_blocks == 2 and frozen_parts.tower_blocks == 2
-    for name, (frozen, optimizer) in LAYOUTS.items():
+    plans = {
+        linears: make_plan(load_recipe(path, [f"kernels.frozen_linear={linears}"])) for linears in ("auto", "kernel")
+    }
+    stage, blocks = plans["auto"].stages[0].costs, {linears: frozen_blocks(plan) for linears, plan in plans.items()}
+    assert all(found.llm_blocks == 2 and found.tower_blocks == 2 for found in blocks.values())
+    assert (
+        blocks["kernel"].llm_bytes < 0.35 * blocks["auto"].llm_bytes
+    )  # a byte and a little for four: the CPU computes in float32
+    for name, (frozen, optimizer, linears) in LAYOUTS.items():
         updates = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
         assert len(updates) == 3 and max(u["micro_batches"] for u in updates) > 1
         for sent in updates:
             workload = dataclasses.replace(stage.workload, micro_batches=float(ranks * sent["micro_batches"]))
             seconds = dict.fromkeys(stage.update, 1.0)
             wanted = traffic(
-                dataclasses.replace(stage, workload=workload), seconds, frozen_parts, h200, ranks,
+                dataclasses.replace(stage, workload=workload), seconds, blocks[linears], h200, ranks,
                 "world" if frozen == "sharded" else "replicated", optimizer=optimizer,
             )  # fmt: skip
             gathers = sent.get("all_gather", 0) + sent.get("weights", 0)

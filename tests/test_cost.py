@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from vpgtrans.engine import cost, loop
+from vpgtrans.engine import cost, prepare
 from vpgtrans.engine.cost import (
     EVALUATION,
     PARTS,
@@ -26,6 +26,7 @@ from vpgtrans.engine.cost import (
 from vpgtrans.engine.data.features import Computed
 from vpgtrans.engine.loop import run
 from vpgtrans.engine.recipe import load_recipe
+from vpgtrans.engine.resume import Progress
 from vpgtrans.engine.runlog import RunLog
 from vpgtrans.engine.runtime import Runtime, start, stop
 
@@ -152,7 +153,7 @@ def test_flops_equal_those_of_the_step_itself(trains, tiny_recipe, tmp_path):
     """torch's own counter over the real micro-batches, attention by its plain formulation, which alone that counter knows on the CPU."""
     recipe = load_recipe(tiny_recipe, [f"stages.0.trains={trains}", "data.transform=eval"])
     runtime = start("cpu", "fp32", 1, 0)
-    this = loop._prepare(recipe, runtime, RunLog(tmp_path / "log", enabled=False), loop.Progress())
+    this = prepare.prepare(recipe, runtime, RunLog(tmp_path / "log", enabled=False), Progress())
     this.model.freeze_for(trains, False)
     state = torch.get_rng_state()
     rates = work_rates(this.model, this.features.tower, recipe.stages[0], this.data, recipe.data)

@@ -65,26 +65,32 @@ def test_rows_that_are_zero_strided_or_not_finite():
 @pytest.mark.parametrize("impl", ["reference", pytest.param("scaled_mm", marks=needs_fp8)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows, outputs, inputs", [((3,), 16, 32), ((2, 5), 48, 16), ((1,), 32, 48), ((0,), 16, 16)])
-def test_product_and_input_gradient(impl, dtype, rows, outputs, inputs):
+@pytest.mark.parametrize("copies", [1, 2])
+def test_product_and_input_gradient(impl, dtype, rows, outputs, inputs, copies):
     """Both directions against float64 products of the values that the FP8 copies stand for."""
     x, weight = normal(*rows, inputs, dtype=dtype).requires_grad_(), normal(outputs, inputs, seed=1).bfloat16()
     bias, grad_y = normal(outputs, seed=2).bfloat16(), normal(*rows, outputs, seed=3).bfloat16().to(dtype)
-    quantised = quantise_weight(weight)
+    quantised = quantise_weight(weight, copies)
     wide = lambda r: r.values.double() * r.scales.double()  # noqa: E731
     with poisoned_memory():
         y = frozen_linear(x, quantised, bias, impl=impl)
         y.backward(grad_y)
-    x_rows, grad_rows = (quantise_rows(t.detach().flatten(0, -2)) for t in (x, grad_y))
+    scales = (
+        1.0 if copies == 2 else quantised.by_output.scales.t().bfloat16()
+    )  # one copy: those of outputs go into the gradient
+    x_rows, grad_rows = (quantise_rows(t.flatten(0, -2)) for t in (x.detach(), grad_y.bfloat16() * scales))
     exact = (wide(x_rows) @ wide(quantised.by_output).t() + bias.double()).view(y.shape)
     assert_within_budget("y", y, exact, exact.bfloat16().to(dtype))
-    exact = (wide(grad_rows) @ wide(quantised.by_input).t()).view(x.shape)
+    backward = wide(quantised.by_input).t() if copies == 2 else quantised.by_output.values.double()
+    exact = (wide(grad_rows) @ backward).view(x.shape)
     assert_within_budget("x.grad", x.grad, exact, exact.bfloat16().to(dtype))
 
 
-def test_the_error_is_that_of_e4m3():
+@pytest.mark.parametrize("copies", [1, 2])
+def test_the_error_is_that_of_e4m3(copies):
     """Against the unrounded product: 2.6 % of each operand's rounding for normal values, 3.7 % together; not less, or nothing was rounded."""
     x, weight, grad_y = normal(64, 256).requires_grad_(), normal(128, 256, seed=1), normal(64, 128, seed=2)
-    y = frozen_linear(x, quantise_weight(weight), impl="reference")
+    y = frozen_linear(x, quantise_weight(weight, copies), impl="reference")
     y.backward(grad_y)
     for found, exact in ((y, F.linear(x, weight)), (x.grad, grad_y @ weight)):
         assert 0.03 < ((found - exact).norm() / exact.norm()).item() < 0.045
@@ -112,6 +118,13 @@ def test_autocast_decides_the_dtype():
     assert frozen_linear(x, quantised).dtype == torch.float32
     with torch.autocast(DEVICE.type, torch.bfloat16):
         assert frozen_linear(x, quantised).dtype == torch.bfloat16
+
+
+def test_small_gradients_of_float16_survive_one_copy():
+    x, weight, grad_y = normal(4, 32).half().requires_grad_(), normal(16, 32, seed=1), 1e-5 * normal(4, 16, seed=2)
+    frozen_linear(x, quantise_weight(weight, copies=1)).backward(grad_y.half())
+    exact = grad_y.half().float() @ weight
+    assert ((x.grad.float() - exact).norm() / exact.norm()).item() < 0.06
 
 
 def test_two_copies_take_the_memory_of_bf16():

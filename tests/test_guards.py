@@ -132,6 +132,22 @@ def test_several_bad_updates_leave_a_report_of_the_last_ones(tiny_recipe, tmp_pa
     assert "rank" in report and "torch" in report
 
 
+def test_bad_updates_in_a_row_are_counted_across_a_resumption(tiny_recipe, tmp_path, monkeypatch):
+    real, calls = loop._accumulate, []
+
+    def bad_from_4(*arguments):
+        calls.append(1)
+        if len(calls) == 6:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return real(*arguments) * (float("nan") if len(calls) >= 4 else 1.0)
+
+    monkeypatch.setattr(loop, "_accumulate", bad_from_4)
+    settings = [*QUICK, "output.max_skipped_updates=10", "stages.0.pairs=165", "output.log_every_updates=1"]
+    assert main([str(tiny_recipe), *settings]) == 75
+    with pytest.raises(RunStopped, match="10 updates in a row were not finite, the last at update 13;"):
+        run(load_recipe(tiny_recipe, settings))
+
+
 def test_a_spike_is_one_warning_with_its_images(tiny_recipe, tmp_path, monkeypatch):
     real, calls = loop._accumulate, []
 

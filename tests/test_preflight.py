@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 from rich.table import Table
 
-from vpgtrans.engine import loop
+from vpgtrans.engine import prepare
 from vpgtrans.engine.planning.command import short_hours
 from vpgtrans.engine.recipe import load_recipe
+from vpgtrans.engine.resume import Progress
 from vpgtrans.engine.runlog import RunLog
 from vpgtrans.engine.runtime import start, stop
 from vpgtrans.engine.savings import savings
@@ -38,7 +39,7 @@ def test_what_this_machine_cannot_do_is_said_before_anything_is_loaded(
     settings, words, tiny_recipe, tmp_path, capsys, monkeypatch
 ):
     """No model is opened, no folder made; a dry run, which may be for another machine, says it and goes on."""
-    monkeypatch.setattr(loop, "load_tower", lambda vision: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(prepare, "load_tower", lambda vision: pytest.fail("a model was loaded"))
     assert main([str(tiny_recipe), *settings]) == 2
     message = capsys.readouterr().err
     assert all(word in message for word in words), message
@@ -74,7 +75,7 @@ def test_the_savings_table_names_each_saving_and_tells_what_is_exact(tiny_recipe
         recipe = load_recipe(tiny_recipe, list(settings))
         runtime = start("cpu", "fp32", 1, 0)
         log = RunLog(tmp_path / "log", enabled=False)
-        this = loop._prepare(recipe, runtime, log, loop.Progress())
+        this = prepare.prepare(recipe, runtime, log, Progress())
         stop()
         return {s.name: s for s in savings(recipe, this.model, [])}
 
@@ -95,7 +96,7 @@ def test_the_savings_table_names_each_saving_and_tells_what_is_exact(tiny_recipe
 
 def test_a_shared_prefix_is_not_exact_where_the_language_model_drops(tiny_recipe, tmp_path):
     recipe = load_recipe(tiny_recipe, ["stages.0.frozen_dropout=true"])
-    this = loop._prepare(recipe, start("cpu", "fp32", 1, 0), RunLog(tmp_path / "log", enabled=False), loop.Progress())
+    this = prepare.prepare(recipe, start("cpu", "fp32", 1, 0), RunLog(tmp_path / "log", enabled=False), Progress())
     stop()
     for dropout in (0.1, 0.0):
         for name in ("dropout", "attention_dropout"):

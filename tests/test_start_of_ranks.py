@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from vpgtrans.engine import guards, loop, outcome, runlog, runtime, startup
+from vpgtrans.engine import guards, loop, outcome, resume, runlog, runtime, startup
 from vpgtrans.engine.checkpoint import CheckpointError
 from vpgtrans.engine.data.images import ImageRefused
 from vpgtrans.engine.notice import Notice
@@ -113,12 +113,18 @@ def test_ranks_that_find_different_checkpoints_stop(tmp_path):
     with pytest.raises(
         CheckpointError, match=r"none on rank 0, step-00000004 on rank 1; see whether all ranks"
     ) as found:
-        loop._common_checkpoint(tmp_path, OneOfTwo(is_main=True, others=[(None, "step-00000004")]))
+        resume.common_checkpoint(tmp_path, OneOfTwo(is_main=True, others=[(None, "step-00000004")]))
     assert not found.value.quiet
     with pytest.raises(CheckpointError, match="damaged") as found:
-        loop._common_checkpoint(tmp_path, OneOfTwo(is_main=False, others=[("every one is damaged", "none")]))
+        resume.common_checkpoint(tmp_path, OneOfTwo(is_main=False, others=[("every one is damaged", "none")]))
     assert found.value.quiet
-    assert loop._common_checkpoint(tmp_path, OneOfTwo(is_main=True, others=[(None, "none")])) == (None, [])
+    assert resume.common_checkpoint(tmp_path, OneOfTwo(is_main=True, others=[(None, "none")])) == (None, [])
+
+
+def test_progress_of_another_version_is_named(tmp_path):
+    (tmp_path / "state.json").write_text(json.dumps({"step": 3, "tokens_seen": 5}))
+    with pytest.raises(CheckpointError, match=r"state\.json holds tokens_seen, which this version"):
+        resume.read_progress(tmp_path)
 
 
 def test_ranks_of_two_folders_stop(tmp_path, monkeypatch, tiny_recipe):

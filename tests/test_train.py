@@ -122,7 +122,7 @@ def test_a_folder_of_another_recipe_is_refused(tiny_recipe, capsys):
     assert main([str(tiny_recipe), *short]) == 0
     assert main([str(tiny_recipe), *short, "output.log_every_updates=5", "threads=null"]) == 0
     assert main([str(tiny_recipe), *short, "stages.1.learning_rate=0.5"]) == 2
-    assert "stages differ" in capsys.readouterr().err
+    assert "another recipe: stages.1.learning_rate: was 0.001, now 0.5. Give" in capsys.readouterr().err
 
 
 def test_bfloat16_follows_float32(tiny_recipe, tmp_path):
@@ -292,10 +292,12 @@ def test_a_skipped_update_between_two_logs_is_counted(tiny_recipe, tmp_path, mon
 @pytest.mark.parametrize("mean", ["global", "micro_batch"])
 def test_mean_of_the_loss(mean, tiny_recipe, tmp_path):
     """The first logged loss against sums over its micro-batches, which differ in size."""
-    from vpgtrans.engine import loop
+    from vpgtrans.engine.prepare import prepare
     from vpgtrans.engine.recipe import load_recipe
+    from vpgtrans.engine.resume import Progress
     from vpgtrans.engine.runlog import RunLog
     from vpgtrans.engine.runtime import start, stop
+    from vpgtrans.engine.stage_data import update_order
     from vpgtrans.engine.train import main
 
     settings = [
@@ -312,9 +314,9 @@ def test_mean_of_the_loss(mean, tiny_recipe, tmp_path):
     recipe = load_recipe(tiny_recipe, settings)
     runtime = start(recipe.device, recipe.precision, recipe.threads, recipe.seed)
     log = RunLog(tmp_path / "other", enabled=False, tensorboard=False)
-    this = loop._prepare(recipe, runtime, log, loop.Progress())
+    this = prepare(recipe, runtime, log, Progress())
     this.model.eval()
-    groups = loop._order(this, recipe.stages[0]).next_update()
+    groups = update_order(this, recipe.stages[0]).next_update()
     batches = this.model.pack(groups, this.data, recipe.data)
     with torch.no_grad():
         sums = [this.model.loss_sum(this.features(b.groups), b).item() for b in batches]

@@ -5,8 +5,8 @@ nothing is ever reduced.  Blocks are the members of a model's module lists; what
 and the head, which losses and generation read on their own, patch embeddings and last norms.
 
 B bytes of blocks on N ranks: B / N kept; a rank receives (N - 1) / N x B at each pass, of which a micro-batch has two (the tower one: it has no
-backward pass); 1 + `prefetch_blocks` blocks are whole at a time.  FP8 linears (kernels/quantise_frozen.py) are not sharded: they keep each matrix
-twice, once a direction, so that a gather of both would move as many bytes as bfloat16.
+backward pass); 1 + `prefetch_blocks` blocks are whole at a time.  FP8 linears (kernels/quantise_frozen.py) are quantised before they are cut, and
+keep one copy for both directions in place of two, so that B is about half of bfloat16's.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
+from ..kernel_choice import quantise_, uses_fp8
 from ..recipe import Distribution, RecipeError, TransferRecipe
 from ..runlog import RunLog
 from ..runtime import Runtime
@@ -94,8 +95,11 @@ def place(
         parts: dict[str, nn.Module] = {"language model": model.llm.model}
         if not recipe.data.vision_cache:
             parts["tower"] = tower.module.to(runtime.compute_dtype)
+        fp8 = uses_fp8(recipe.kernels, runtime.device)
         for name, part in parts.items():
             if runs := runs_of_blocks(part):
+                if fp8:
+                    quantise_(name, model.llm, tower, runtime.device, log, copies=1)
                 found[name] = shard_blocks(part, runs, mesh, runtime, settings)
         _check_sharded(found, model.llm, recipe)
         model.llm.is_sharded = "language model" in found

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from torch import nn
 
+from ...kernels.frozen_linear import ALIGNMENT
 from ..distributed.frozen import runs_of_blocks
 from ..distributed.sharded_adamw import part_elements
 from ..dry_run import LLM_ITEM, MASTER_ITEM, MOMENTS_ITEM, TOWER_ITEM, Plan
 from .communication import GPUS_A_NODE, Frozen
 from .devices import RESERVED_BYTES, Device
 
-GATHERED_ITEM = "frozen blocks gathered, compute dtype"
+GATHERED_ITEM = "frozen blocks gathered"
 
 
 def rank_memory(plan: Plan, index: int, gpus: int, device: Device) -> dict[str, int]:
@@ -26,15 +27,20 @@ def rank_memory(plan: Plan, index: int, gpus: int, device: Device) -> dict[str, 
         return memory
     ranks = gpus if settings.shard_over == "world" else min(gpus, GPUS_A_NODE)
     size, gathered = plan.compute_dtype.itemsize, 0
+    fp8 = plan.recipe.kernels.frozen_linear == "kernel"
     parts: dict[str, nn.Module] = {LLM_ITEM: plan.model.llm}
     if not plan.recipe.data.vision_cache:  # then one process encodes, with a whole tower
         parts[TOWER_ITEM] = plan.tower
     for name, part in parts.items():
         for run in runs_of_blocks(part):
-            whole, own = (sum(_elements(block, n) for block in run) for n in (1, ranks))
-            memory[name] -= size * (whole if settings.cpu_offload else whole - own)
+            whole = sum(
+                _bytes(block, 1, size, fp8=False) for block in run
+            )  # as `memory` has it: FP8 whole on a GPU is kept twice
+            memory[name] -= whole - (
+                0 if settings.cpu_offload else sum(_bytes(block, ranks, size, fp8) for block in run)
+            )
             at_once = min(len(run), 1 + settings.prefetch_blocks)
-            gathered = max(gathered, size * at_once * max(_elements(block, 1) for block in run))
+            gathered = max(gathered, at_once * max(_bytes(block, 1, size, fp8) for block in run))
     return {**memory, GATHERED_ITEM: gathered}
 
 
@@ -48,16 +54,26 @@ def shards_blocks(plan: Plan, gpus: int, device: Device) -> bool:
 
 
 def frozen_blocks(plan: Plan) -> Frozen:
-    """The blocks that can be sharded, in the compute dtype; none of the tower where its outputs are cached."""
-    size = plan.compute_dtype.itemsize
+    """The blocks that can be sharded, in the dtype they are gathered in; none of the tower where its outputs are cached."""
+    size, fp8 = plan.compute_dtype.itemsize, plan.recipe.kernels.frozen_linear == "kernel"
     found = []
     for part in (plan.tower, plan.model.llm):
         blocks = [block for run in runs_of_blocks(part) for block in run]
-        found += [size * sum(_elements(block, 1) for block in blocks), len(blocks)]
+        found += [sum(_bytes(block, 1, size, fp8) for block in blocks), len(blocks)]
     tower_bytes, tower_blocks, llm_bytes, llm_blocks = found
     return Frozen(0 if plan.recipe.data.vision_cache else tower_bytes, tower_blocks, llm_bytes, llm_blocks)
 
 
-def _elements(block: nn.Module, ranks: int) -> int:
-    """Of rank 0's piece: each tensor is cut along its first side, the last piece being the short one."""
-    return sum(-(-p.shape[0] // ranks) * (p.numel() // p.shape[0]) for p in block.parameters())
+def _bytes(block: nn.Module, ranks: int, size: int, fp8: bool) -> int:
+    """Of rank 0's piece, `size` bytes an element: each tensor is cut along its first side, the last piece being the short one.
+
+    fp8: linears take a byte a weight and a float32 scale an output (kernels/quantise_frozen.py).
+    """
+    total = 0
+    for module in block.modules():
+        quantised = fp8 and isinstance(module, nn.Linear) and not any(side % ALIGNMENT for side in module.weight.shape)
+        for name, p in module.named_parameters(recurse=False):
+            width = p.numel() // p.shape[0]
+            row_bytes = width + 4 if quantised and name == "weight" else size * width
+            total += -(-p.shape[0] // ranks) * row_bytes
+    return total

@@ -20,6 +20,7 @@ from .data.feature_cache import (
     check_space,
     fill_ahead,
     prompt_identity,
+    unused_tables,
     vision_identity,
 )
 from .data.feature_table import disk_free_bytes, present_rows, remove_table
@@ -66,6 +67,8 @@ def main(options: argparse.Namespace) -> int:
         ending.callback(log.close)
         wanted = _wanted(recipe, runtime, root, log)
         log.say(_table(wanted, root, runtime))
+        if runtime.is_main:
+            _unused(wanted, root, log, options.prune and not options.dry_run)
         if options.check:
             _check(wanted, root, runtime, log)
         elif not options.dry_run:
@@ -217,6 +220,17 @@ def _build(wanted: list[Wanted], root: Path, runtime: Runtime, log: RunLog, rebu
         fill_ahead(_opened(item, root, log))
         folder = item.identity.folder(root)
         log.say(f"{item.name} cache: complete, {item.identity.layout.rows:,} rows in {folder}")
+
+
+def _unused(wanted: list[Wanted], root: Path, log: RunLog, prune: bool) -> None:
+    """Name the caches of the same sets that this recipe does not read, and delete them where `prune`."""
+    for item in wanted:
+        for folder, differing in unused_tables(item.identity, root).items():
+            size = sum(path.stat().st_blocks * 512 for path in folder.iterdir()) / GIB
+            done = "deleted" if prune else "not read by this recipe (--prune deletes it)"
+            log.say(f"{folder}: {size:,.2f} GiB, made of other {', '.join(differing)}: {done}")
+            if prune:
+                remove_table(folder)
 
 
 def _check(wanted: list[Wanted], root: Path, runtime: Runtime, log: RunLog) -> None:

@@ -27,15 +27,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options is not None and options.command is None:
         parser.print_help()
         return EXIT_USAGE
-    from .recipe import RecipeError
+    from .recipe import told
 
     try:
         return _plan(arguments[1:]) if options is None else options.run(options)
-    except RecipeError as error:
-        print(f"recipe error: {error}", file=sys.stderr)
-        return EXIT_USAGE
-    except ValueError as error:  # DataError, ModelError, CheckpointError: what was given cannot be used
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    except ValueError as error:  # RecipeError, DataError, ModelError, CheckpointError: what was given cannot be used
+        print(told(error), file=sys.stderr)
         return EXIT_USAGE
 
 
@@ -99,6 +96,11 @@ def _parser() -> argparse.ArgumentParser:
 def _cache_command(commands) -> None:
     cache = _recipe_command(commands, "cache", "build the vision and prompt caches of a recipe before it runs", _cache)
     cache.epilog = "a stopped build goes on; on several GPUs: torchrun --no-python vpgtrans cache RECIPE"
+    cache.add_argument(
+        "--prune",
+        action="store_true",
+        help="delete caches of the same sets that the recipe does not read (another tower, other images, ...)",
+    )
     what = cache.add_mutually_exclusive_group()
     what.add_argument("--dry-run", action="store_true", help="show sizes and savings, build nothing")
     what.add_argument("--rebuild", action="store_true", help="delete what is there first, damaged or not")
@@ -132,7 +134,12 @@ def _pack_command(commands) -> None:
     pack.add_argument("--page-mib", type=int, default=8, metavar="N", help="page of the format, the largest sample")
     pack.add_argument("--jobs", type=int, metavar="N", help="threads; default: one a core")
     pack.add_argument("--limit", type=int, metavar="N", help="only the first N images of the source")
-    pack.add_argument("--max-refused-share", type=float, default=0.5, help="more of the images refused is an error")
+    pack.add_argument(
+        "--max-refused-share",
+        type=float,
+        default=0.5,
+        help="more of the images refused is an error (default: %(default)s)",
+    )
     pack.set_defaults(run=_pack)
 
 

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from .data.feature_cache import Identity, StoredFeatures, StoredPrompts, check_space, prompt_identity, vision_identity
+from .data.feature_cache import (
+    Identity,
+    StoredFeatures,
+    StoredPrompts,
+    check_space,
+    prompt_identity,
+    tell_unused,
+    vision_identity,
+)
 from .data.feature_table import disk_free_bytes, present_rows
 from .data.features import LiveFeatures
 from .data.packing import Subset, UpdateOrder
@@ -97,6 +105,7 @@ def _open(this: Run, stage: Stage, order: UpdateOrder, total_pairs: int) -> Stor
         return None
     if not is_auto:
         check_space(identity, folder)
+    tell_unused(identity, root, this.log)
     table = identity.open(root)
     log.say(
         f"prompt cache: {table.layout.rows - table.missing():,} of {table.layout.rows:,} rows in {folder} "

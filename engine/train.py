@@ -24,7 +24,7 @@ if __package__ in (
     if __name__ == "__main__":
         sys.exit(main())
 
-from .recipe import RecipeError, TransferRecipe, load_recipe
+from .recipe import RecipeError, TransferRecipe, load_recipe, told
 
 INTERRUPTED = 130  # as shells have it: 128 + SIGINT
 USAGE = "usage: train.py RECIPE.yaml [section.key=value ...] [--dry-run]"
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
             arguments[0], arguments[1:], kinds=("transfer",), check_files=not dry, keep_unset_variables=dry
         )
     except RecipeError as error:
-        print(f"recipe error: {error}", file=sys.stderr)
+        print(told(error), file=sys.stderr)
         return 2
     try:
         return _run(recipe, dry)
@@ -72,9 +72,8 @@ def _run(recipe: TransferRecipe, dry: bool) -> int:
         else:
             run(recipe)
     except (RecipeError, CheckpointError, DataError, ImageRefused, ModelError) as error:
-        kind = "recipe error" if isinstance(error, RecipeError) else type(error).__name__
         if not getattr(error, "quiet", False):  # another rank says the same
-            print(f"{kind}: {error}", file=sys.stderr)
+            print(told(error), file=sys.stderr)
         return 2
     except StartError as error:
         if not error.quiet:

@@ -18,7 +18,9 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-os.environ.pop("TRITON_INTERPRET", None)  # these runs are of torch's operations; kernels under the interpreter would take minutes
+os.environ.pop(
+    "TRITON_INTERPRET", None
+)  # these runs are of torch's operations; kernels under the interpreter would take minutes
 
 import torch
 import torch.distributed as dist

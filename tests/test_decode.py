@@ -91,3 +91,13 @@ def test_stored_pixels_of_a_packed_set_beside_jpegs(augmented, pictures, tmp_pat
         damaged = replace(members[1], size=members[1].size - 3)
         with pytest.raises(ImageRefused, match="300 x 200 RGB pixels are not"):
             load_batch([*sources[:2], damaged], 48, [None] * 3, pool)
+
+
+@pytest.mark.parametrize(
+    ("decoder", "mode", "pixels"),
+    [("cpp", "exact", "exact"), ("cpp", "fast", "fast"), ("reference", "fast", "exact"), ("simplejpeg", "exact", "simplejpeg")],
+)  # fmt: skip
+def test_which_pixels_a_process_gives(decoder, mode, pixels, monkeypatch):
+    """A cache made by Pillow because nothing else was there is no cache of the fast decoder."""
+    monkeypatch.setattr(decode, "live_decoder", lambda: decoder)
+    assert decode.pixels_of(mode) == pixels

@@ -151,7 +151,9 @@ def test_fp8_linears_in_pieces_follow_whole_ones(ends):
         sizes = [
             e["block_bytes"] for f in (many, ends / "two-sharded") for e in events(f, "sharded") if e["part"] == part
         ]
-        assert sizes[0] < 0.37 * sizes[1] / 2  # the other run is in float64; of so small blocks a third are norms and biases
+        assert (
+            sizes[0] < 0.37 * sizes[1] / 2
+        )  # the other run is in float64; of so small blocks a third are norms and biases
 
 
 def test_sharding_changes_no_bit(ends):

@@ -191,14 +191,14 @@ def test_flags_and_overrides_in_any_order(capsys):
         ("target.config.model_type=null", ["recipe error", "target: config", "model_type"]),
         (
             "target={llm: nobody/no-such-model}",
-            ["ModelError", "target.config", "nobody/no-such-model", "not on this machine"],
+            ["model error: ", "target.config", "nobody/no-such-model", "not on this machine"],
         ),
         (
             "target={llm: nobody/no-such-model, config: {model_type: no_such_type}}",
-            ["ModelError", "target.config", "no_such_type"],
+            ["model error: ", "target.config", "no_such_type"],
         ),
         ("vision.path=./nowhere", None),
-        ("vision={kind: eva_vit, path: /nowhere/vit}", ["ModelError", "vision"]),
+        ("vision={kind: eva_vit, path: /nowhere/vit}", ["model error: ", "vision"]),
         (
             "stages.0={name: warm_up, trains: projector, learning_rate: 1.0, epochs: 1, data: [sbu]}",
             ["recipe error", "stages.0"],

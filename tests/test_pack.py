@@ -185,7 +185,7 @@ def test_an_image_larger_than_a_page_is_refused(tmp_path):
     assert index["samples"] == 1 and index["refused"]["counts"]["images"] == {"larger_than_a_page": 1}
 
 
-def test_a_stopped_run_is_taken_up(tmp_path, monkeypatch):
+def test_a_stopped_run_is_taken_up(tmp_path, monkeypatch, capfd):
     files = {f"{i}.jpg": encoded(picture(shift=i)) for i in range(9)}
     packed(tmp_path, files, "whole", shard_images=3)
     path, out, settings, real = (
@@ -207,7 +207,9 @@ def test_a_stopped_run_is_taken_up(tmp_path, monkeypatch):
     assert sorted(p.name for p in out.iterdir()) == ["captions-00000.beton", "captions-00000.json", "pack.jsonl"]
     (out / ".captions-00001.beton.123.tmp").write_bytes(b"left by a kill")
     kept = (out / "captions-00000.beton").stat()
+    capfd.readouterr()
     pack(path, out, settings, images=tmp_path / "images")
+    assert "kept 1 of 3 shards" in capfd.readouterr().err
     assert (out / "captions-00000.beton").stat().st_ino == kept.st_ino and not list(out.glob(".*"))
     for name in ("captions-00000.beton", "captions-00001.beton", "captions-00002.beton", "index.json"):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

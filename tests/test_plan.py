@@ -7,6 +7,7 @@ import math
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from vpgtrans.engine.planning import devices
 from vpgtrans.engine.planning.costs import BLOCKS, HEAD, PROJECTOR, TOWER, VPG_, largest_micro_batch
 from vpgtrans.engine.planning.options import GPUS
 from vpgtrans.engine.planning.plan import plan_recipe
-from vpgtrans.engine.planning.switches import switches
+from vpgtrans.engine.planning.switches import flipped, switches
 from vpgtrans.engine.planning.trace import (
     Operation,
     Setting,
@@ -495,7 +496,7 @@ def test_names_and_datasheets_agree():
         (["--gpu", "h200", "--efficiency", "1.5"], ["--efficiency", "up to 1, got 1.5"]),
         (["--gpu", "cpu", "--efficiency", "0.5"], ["--efficiency", "leave it out"]),
         (["--gpu", "h200", "data.row_tokns=5"], ["recipe error", "row_tokens"]),
-        (["--gpu", "h200", "data.row_tokens=40"], ["DataError", "data.row_tokens"]),
+        (["--gpu", "h200", "data.row_tokens=40"], ["data error: ", "data.row_tokens"]),
     ],
 )
 def test_mistakes_end_with_2(arguments, words, capsys):
@@ -543,3 +544,47 @@ def test_the_prompt_cache_spares_tower_and_qformer(tiny_recipe, settings, spared
     assert on["on"] == (spared > 0) and plans[1]["disk"]["prompt_cache"] == (spared > 0)
     if spared:
         assert on["flops_a_pair_without"] == pytest.approx(plans[0]["stages"][0]["flops_a_pair"])
+
+
+def test_fp8_linears_of_a_traced_model():
+    """FLOPs stay, those of blocks move from bf16's rate to FP8's; the head does not, and each product quantises its rows."""
+
+    def planned(linears: str) -> Any:
+        settings = [f"kernels.frozen_linear={linears}", "device=cuda", "data.vision_cache=false", "data.views=1"]
+        recipe = load_recipe(RECIPES / "vl_llama.yaml", settings, check_files=False, keep_unset_variables=True)
+        return make_plan(recipe, with_tower=True)
+
+    fp8, plain = planned("kernel"), planned("torch")
+    ours, theirs = (plan.stages[1].costs.update for plan in (fp8, plain))
+    kinds = {part: {o.kind for o, n in cost.operations.items() if n} for part, cost in ours.items()}
+    assert (
+        "fp8" in kinds[BLOCKS] and "fp8" in kinds[TOWER] and "fp8" not in kinds[HEAD] | kinds[VPG_] | kinds[PROJECTOR]
+    )
+    assert all(cost.flops == pytest.approx(theirs[part].flops, rel=1e-9) for part, cost in ours.items())
+    products = {
+        kind: sum(n * o.flops for o, n in ours[BLOCKS].operations.items() if o.kind == kind)
+        for kind in ("fp8", "product")
+    }
+    assert products["product"] < 1e-4 * products["fp8"]  # angles of rotary positions
+    of_plain = sum(n * o.flops for o, n in theirs[BLOCKS].operations.items() if o.kind == "product")
+    assert sum(products.values()) == pytest.approx(of_plain, rel=1e-9)
+    h200 = devices.find_device("h200", torch.bfloat16, 0.5)
+    product, quantised = (Operation(kind, 10**12, 0) for kind in ("product", "fp8"))
+    assert h200.operation_seconds(product) / h200.operation_seconds(quantised) == pytest.approx(1979 / 989)
+    assert ours[BLOCKS].count > theirs[BLOCKS].count and h200.seconds(ours[BLOCKS]) < 0.75 * h200.seconds(theirs[BLOCKS])
+
+
+def test_fp8_is_a_switch_where_the_device_has_it(capsys):
+    command = ["plan", str(RECIPES / "vl_llama.yaml"), "--json", "--no-switches", "--gpu"]
+    hours = {}
+    for linears in ("torch", "kernel"):
+        assert main([*command, "h200", f"kernels.frozen_linear={linears}"]) == 0
+        hours[linears] = json.loads(capsys.readouterr().out)["gpu_hours"]
+    assert hours["kernel"] < 0.8 * hours["torch"]
+    recipe = load_recipe(RECIPES / "vl_llama.yaml", check_files=False, keep_unset_variables=True)
+    offered = {
+        has: [s for s in switches(recipe, 8, True, has) if "frozen_linear" in s.changes] for has in (True, False)
+    }
+    assert not offered[False] and flipped(recipe, offered[True][0]).kernels.frozen_linear == "kernel"
+    assert main([*command, "a100-80g", "kernels.frozen_linear=kernel"]) == 2
+    assert "kernels.frozen_linear: expected auto or torch on a100-80g" in capsys.readouterr().err

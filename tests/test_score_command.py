@@ -434,7 +434,7 @@ def test_bad_files(capsys, tmp_path, task: str, references: Any, predictions: An
     files += ["--predictions", write(tmp_path / "p.json", predictions)]
     code, printed, err = score(capsys, "--task", task, *files, "--json", "--out", str(out))
     assert (code, printed, out.exists()) == (2, "", False)
-    assert err.startswith("ScoreError: ")
+    assert err.startswith("score error: ")
     assert err.count("\n") == 1
     assert message in err
 

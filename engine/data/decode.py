@@ -22,6 +22,12 @@ _READ_AT_ONCE = 4  # images a task of the pool: a task of its own for each costs
 _EXIF_WITHIN = 65_536  # an EXIF block stands in the first segments
 
 
+def pixels_of(mode: Literal["exact", "fast"]) -> str:
+    """Which pixels `load_batch` gives in this process: "exact", "fast", or "simplejpeg"."""
+    decoder = live_decoder()
+    return {"reference": "exact", "simplejpeg": "simplejpeg"}.get(decoder, mode)
+
+
 def load_batch(
     sources: Sequence[str | os.PathLike[str] | Member],
     size: int,

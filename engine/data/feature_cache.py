@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from ..models.vision import VisionTower
 from ..models.vpg import VPG, VPGOutput
 from ..runlog import RunLog
 from ..runtime import Runtime
+from .decode import pixels_of
 from .feature_table import FeatureTable, Layout, disk_free_bytes, present_rows
 from .features import Computed, FeatureSource, LiveFeatures
 from .packing import Group, TokenisedCaptions
@@ -70,7 +72,7 @@ def vision_identity(live: LiveFeatures, views: int, precision: str = "compute") 
     made_of = {
         "tower": weights_hash(tower), "config": config_of(tower), "image_size": tower.image_size,
         "mean": list(tower.norm.mean), "std": list(tower.norm.std),
-        "transform": live.transform, "seed": live.seed if is_random else None, "views": views, "decode": live.decode,
+        "transform": live.transform, "seed": live.seed if is_random else None, "views": views, "decode": pixels_of(live.decode),
         "eval_images": [[images.start, images.stop] for images in live.fixed] if is_random else [],
         "dtype": str(runtime.compute_dtype).removeprefix("torch."), "precision": precision, "images": _images_hash(data),
     }  # fmt: skip
@@ -200,6 +202,40 @@ class StoredPrompts(StoredFeatures):
         return VPGOutput(super().finish(prepared))
 
 
+def unused_tables(identity: Identity, root: Path) -> dict[Path, list[str]]:
+    """Caches of the same kind and set that `identity` is not: folder -> what each was made of otherwise."""
+    found = {}
+    for folder in sorted(root.glob(f"{identity.kind}-{identity.name}-*")):
+        key = folder.name.removeprefix(f"{identity.kind}-{identity.name}-")
+        if key == identity.key or not re.fullmatch("[0-9a-f]{16}", key):
+            continue
+        try:
+            about = json.loads((folder / "about.json").read_text())
+            found[folder] = _otherwise(about["made_of"], identity.made_of, "")
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            found[folder] = [f"about.json, which cannot be read ({error})"]
+    return found
+
+
+def _otherwise(found: dict[str, Any], wanted: dict[str, Any], prefix: str) -> list[str]:
+    differing = []
+    for name in sorted(found.keys() | wanted.keys()):
+        theirs, ours = found.get(name), wanted.get(name)
+        if isinstance(theirs, dict) and isinstance(ours, dict):
+            differing += _otherwise(theirs, ours, f"{prefix}{name}.")
+        elif theirs != ours:
+            differing.append(prefix + name)
+    return differing
+
+
+def tell_unused(identity: Identity, root: Path, log: RunLog) -> None:
+    """Before a cache is made anew: say which there are of the same set, and why they do not serve."""
+    if identity.folder(root).is_dir():
+        return
+    for folder, differing in unused_tables(identity, root).items():
+        log.say(f"{identity.kind} cache: not the one in {folder}, made of other {', '.join(differing)}")
+
+
 @dataclass(frozen=True)
 class _Absent:
     """Groups of which a row is absent, prepared by the source behind the cache."""
@@ -242,6 +278,7 @@ def open_features(
         return live
     identity = vision_identity(live, views if transform == "train" else 1, precision)
     check_space(identity, identity.folder(cache_root))
+    tell_unused(identity, cache_root, log)
     stored = StoredFeatures(identity, identity.open(cache_root), live, log, must_store=fill == "ahead")
     if fill == "ahead":
         fill_ahead(stored)

@@ -130,13 +130,14 @@ def _write_shards(
     found: PackSource, folder: Path, name: str, settings: PackSettings, jobs: int, log: RunLog
 ) -> list[dict[str, Any]]:
     """The records of all shards, those kept and those written."""
-    total, records, made, started = len(found.items), [], 0, time.monotonic()
+    total, records, made, kept, started = len(found.items), [], 0, 0, time.monotonic()
     with ThreadPoolExecutor(jobs, thread_name_prefix="pack") as pool:
         for number, at in enumerate(range(0, total, settings.shard_images)):
             items = found.items[at : at + settings.shard_images]
             path = folder / f"{name}-{number:05d}.beton"
             key = _shard_key(items, settings)
             record = _kept(path, key)
+            kept += record is not None
             if record is None:
                 made_before = made
 
@@ -152,6 +153,9 @@ def _write_shards(
                 made += len(items)
             records.append(record)
             log.event("shard", file=path.name, samples=record["samples"], refused=len(record["refused"]))
+    log.end_progress()
+    if kept:
+        log.say(f"kept {kept:,} of {len(records):,} shards, which an earlier run had finished")
     return records
 
 

@@ -14,8 +14,8 @@ from .options import check_options, parser
 
 MODEL_OF_TIME = (
     "Seconds come from a model: each operation of the engine's code takes the longer of its FLOPs and its bytes at the device's rates, or the "
-    "10 us that Python needs to issue it.  Evaluation, captioning, start-up and waiting for data are not counted.  Memory is that of the "
-    "recipe's `distribution` on so many GPUs; hours count no gathers: add what the table of communication says."
+    "10 us that Python needs to issue it.  Evaluation, captioning, start-up and waiting for data are not counted.  Memory and hours are "
+    "those of the recipe's `distribution` on so many GPUs, with the communication that computing does not hide."
 )
 
 LAYOUTS = {

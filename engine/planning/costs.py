@@ -129,11 +129,14 @@ class StageEstimate:
         return self.pairs / self.pairs_per_s + self.cache_build_s
 
 
-def estimate(costs: StageCosts, pairs: int, device: Device, gpus: int, cache_build_s: float = 0.0) -> StageEstimate:
+def estimate(
+    costs: StageCosts, pairs: int, device: Device, gpus: int, cache_build_s: float = 0.0, telling_s: float = 0.0
+) -> StageEstimate:
     """Seconds of an update: each operation takes the longer of its FLOPs and its bytes at the device's rates.
 
     On the CPU issuing an operation comes on top; a GPU computes while the host issues, so that the slower of the two counts.  A rank computes
     its share of the rows, in whole rows, the fullest rank deciding, and issues the operations of its own micro-batches, full or not.
+    telling_s: of an update, communication that nothing hides (`communication.traffic`).
     """
     parts, host_bound, update_s = {}, False, 0.0
     load = costs.workload
@@ -147,9 +150,8 @@ def estimate(costs: StageCosts, pairs: int, device: Device, gpus: int, cache_bui
         on_device, issuing = computed * on_device, called * issuing
         host_bound = host_bound or (part == BLOCKS and device.overlaps and issuing > on_device)
         update_s += max(on_device, issuing) if device.overlaps else on_device + issuing
-    summing_s = 2 * (gpus - 1) / gpus * 4 * costs.trainable / device.link_bytes_s
     return StageEstimate(
-        costs, pairs, update_s + summing_s, parts, host_bound, 1.0 - 1.0 / (share * gpus), cache_build_s
+        costs, pairs, update_s + telling_s, parts, host_bound, 1.0 - 1.0 / (share * gpus), cache_build_s
     )
 
 
@@ -179,4 +181,5 @@ def without_tower(costs: StageCosts) -> StageCosts:
 
 
 def compute_setting(recipe: TransferRecipe, dtype: torch.dtype) -> Setting:
-    return Setting(dtype, recipe.device != "cpu")
+    on_gpu = recipe.device != "cpu"
+    return Setting(dtype, on_gpu, fp8=on_gpu and recipe.kernels.frozen_linear == "kernel")

@@ -1,11 +1,13 @@
 """What a device can do: memory, rates of matrix products and of memory, cost of an operation.
 
 Rates are, in this order: `--efficiency` x peak where it is given; measured ones, from a JSON file under `benches/results/`; else `EFFICIENCY`
-x the peak of the vendor's datasheet.  The CPU is measured when a plan asks for it, in about a second.
+x the peak of the vendor's datasheet.  FP8 products are those with row-wise scales, on devices that kernels/frozen_linear.py takes.  The CPU is
+measured when a plan asks for it, in about a second.
 
 A result file is read where its "bench" is "device".  Keys: "device" (a name of `DEVICES`), "matmul_tflops_bf16" and "matmul_tflops_fp32"
-(10^12 FLOP/s of a large product), "copy_gb_s" (10^9 bytes/s, read and written), "operation_us" (time to issue one operation from Python,
-optional), "date" (YYYY-MM-DD, optional).  Of several files of a device the latest date counts.
+(10^12 FLOP/s of a large product), "matmul_tflops_fp8_rowwise" (optional; else as much above bf16 as in the datasheet), "copy_gb_s" (10^9
+bytes/s, read and written), "operation_us" (time to issue one operation from Python, optional), "date" (YYYY-MM-DD, optional).  Of several
+files of a device the latest date counts.
 """
 
 from __future__ import annotations
@@ -44,11 +46,12 @@ class Datasheet:
     memory_gb_s: float
     link_gb_s: float
     source: str
+    fp8_tflops: float | None = None  # only where kernels/frozen_linear.py runs
 
 
 DEVICES = {
-    "h200": Datasheet("NVIDIA H200 SXM", 141, 989, 67, 4800, 450, "NVIDIA H200 Tensor Core GPU datasheet"),
-    "h100": Datasheet("NVIDIA H100 SXM", 80, 989, 67, 3350, 450, "NVIDIA H100 Tensor Core GPU datasheet"),
+    "h200": Datasheet("NVIDIA H200 SXM", 141, 989, 67, 4800, 450, "NVIDIA H200 Tensor Core GPU datasheet", 1979),
+    "h100": Datasheet("NVIDIA H100 SXM", 80, 989, 67, 3350, 450, "NVIDIA H100 Tensor Core GPU datasheet", 1979),
     "a100-40g": Datasheet("NVIDIA A100 40GB SXM", 40, 312, 19.5, 1555, 300, "NVIDIA A100 Tensor Core GPU datasheet"),
     "a100-80g": Datasheet("NVIDIA A100 80GB SXM", 80, 312, 19.5, 2039, 300, "NVIDIA A100 Tensor Core GPU datasheet"),
     "4090": Datasheet(
@@ -79,11 +82,15 @@ class Device:
     peak_flops_s: float | None
     origin: str
     overlaps: bool  # operations are issued ahead of the device, so the slower of the two counts
+    fp8_rates: Points | None = None  # FLOP/s of FP8 products; None where there are none
 
     def operation_seconds(self, operation: Operation) -> float:
         """On the device: the longer of its FLOPs and its memory traffic."""
         flops, moved = operation.flops, operation.moved
         products = self.attention_rates if operation.kind == "attention" else self.matmul_rates
+        if operation.kind == "fp8":
+            assert self.fp8_rates is not None, f"{self.name} has no FP8 products"
+            products = self.fp8_rates
         traffic = self.function_rates if operation.kind == "function" else self.copy_rates
         return max(flops / _rate(products, flops) if flops else 0.0, moved / _rate(traffic, moved) if moved else 0.0)
 
@@ -140,9 +147,18 @@ def find_device(
         products, copies = share * peak, share * 1e9 * sheet.memory_gb_s
         origin = f"assumed: {share:.0%} of the peaks in the {sheet.source}"
     compute, traffic = ((1.0, products),), ((1.0, copies),)
+    fp8 = None
+    if sheet.fp8_tflops is not None:
+        faster = sheet.fp8_tflops / (sheet.bf16_tflops if is_bf16 else sheet.fp32_tflops)
+        rate = (
+            1e12 * found["matmul_tflops_fp8_rowwise"]
+            if found and "matmul_tflops_fp8_rowwise" in found
+            else faster * products
+        )
+        fp8 = ((1.0, rate),)
     return Device(
         name, sheet.title, 1e9 * sheet.memory_gb, compute, compute, traffic, traffic, 1e-6 * operation_us, 1e9 * sheet.link_gb_s, peak,
-        origin, True,
+        origin, True, fp8,
     )  # fmt: skip
 
 

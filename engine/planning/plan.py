@@ -14,14 +14,14 @@ from ..data.feature_table import Layout
 from ..data.packing import DataError, Subset
 from ..dry_run import GIB, Plan, make_plan
 from ..prompt_cache import AUTO_SHARE, spared_share
-from ..recipe import TransferRecipe
-from .communication import scaling
-from .costs import TOWER, VPG_, StageCosts, StageEstimate, estimate, largest_micro_batch
-from .devices import RESERVED_BYTES, Device, find_device
-from .layout import GATHERED_ITEM, frozen_blocks, rank_memory
+from ..recipe import RecipeError, TransferRecipe
+from .communication import GPUS_A_NODE, scaling, traffic
+from .costs import TOWER, VPG_, StageCosts, StageEstimate, compute_setting, estimate, largest_micro_batch
+from .devices import DEVICES, RESERVED_BYTES, Device, find_device
+from .layout import GATHERED_ITEM, frozen_blocks, rank_memory, shards_blocks
 from .options import check_options
-from .switches import flipped, savings, switches
-from .trace import Cost, Setting, trace_tower
+from .switches import flipped, more_rows, savings, switches
+from .trace import Cost, trace_tower
 from .workload import SetShape
 
 DECODE_MS = 1.5  # CPU time of a photograph of 640 x 480 (benches/results, bench "decode")
@@ -52,6 +52,10 @@ def plan_recipe(
 
     if gpu != "cpu" or efficiency is not None:
         find_device(gpu, torch.bfloat16, efficiency)  # a wrong name before seconds of work
+    if recipe.kernels.frozen_linear == "kernel" and gpu != "cpu" and not DEVICES[gpu].fp8_tflops:
+        raise RecipeError(
+            f"kernels.frozen_linear: expected auto or torch on {gpu}, got kernel: FP8 products with row-wise scales need compute capability 9.0"
+        )
     plan = make_plan(recipe, with_tower=True)
     device = device_of(plan.compute_dtype)
     found = _describe(plan, device, gpus, price)
@@ -91,7 +95,7 @@ def _stage(plan: Plan, index: int, device: Device, gpus: int, price: float | Non
     if tower is not None and index == 0:  # one process builds it, as the engine does
         images = sum(_images_seen(plan, s) or 0 for s in plan.shapes) * data.views
         build_s = _tower_seconds(tower, device) * images / load.encodings
-    made = estimate(costs, item.pairs, device, gpus, build_s)
+    made = estimate(costs, item.pairs, device, gpus, build_s, _telling_s(plan, costs, item.pairs, device, gpus))
     memory = rank_memory(plan, index, gpus, device)
     fixed = sum(v for k, v in memory.items() if "activations" not in k and "working" not in k)
     largest = largest_micro_batch(costs, fixed, device, data.rows_per_micro_batch)
@@ -152,6 +156,19 @@ def _with_prompts(costs: StageCosts, spared: float) -> StageCosts:
     return replace(costs, update=update)
 
 
+def _telling_s(plan: Plan, costs: StageCosts, pairs: int, device: Device, gpus: int) -> float:
+    """Seconds of an update that `gpus` devices spend telling each other things while nothing computes, as the recipe distributes them."""
+    if gpus == 1:
+        return 0.0
+    settings = plan.recipe.distribution
+    layout = "replicated"
+    if shards_blocks(plan, gpus, device):
+        layout = "node" if settings.shard_over == "node" or gpus <= GPUS_A_NODE else "world"
+    seconds = estimate(costs, pairs, device, 1).seconds
+    found = traffic(costs, seconds, frozen_blocks(plan), device, gpus, layout, optimizer=settings.optimizer)
+    return found.exposed_s if device.overlaps else found.gather_s + found.reduce_s
+
+
 def _communication(plan: Plan, costs: StageCosts, pairs: int, device: Device) -> list[dict[str, Any]]:
     """Rows for 8 to 64 GPUs; nothing on the CPU, which has no links of a known rate."""
     if not device.overlaps:
@@ -171,7 +188,7 @@ def _utilisation(made: StageEstimate, device: Device, gpus: int) -> float | None
 
 def _tower_of_update(plan: Plan, costs: StageCosts) -> Cost:
     load = costs.workload
-    setting = Setting(plan.compute_dtype, plan.recipe.device != "cpu")
+    setting = compute_setting(plan.recipe, plan.compute_dtype)
     images = len(load.batch.groups)
     return trace_tower(plan.tower, images, setting) * (load.encodings / images)
 
@@ -236,8 +253,10 @@ def _switches(plan: Plan, device_of: Any, now: dict[str, Any], gpus: int) -> lis
     """Each switch flipped and planned again, the one that saves most first."""
     largest = min(s["largest_rows_per_micro_batch"] for s in now["stages"])
     useful = max(1, min(largest, math.ceil(max(s["rows_an_update_and_gpu"] for s in now["stages"]))))
-    rows = []
-    for switch in switches(plan.recipe, useful, plan.recipe.device != "cpu"):
+    has_fp8, rows = device_of(plan.compute_dtype).fp8_rates is not None, []
+    waiting = switches(plan.recipe, useful, plan.recipe.device != "cpu", has_fp8)
+    while waiting:
+        switch = waiting.pop(0)
         row: dict[str, Any] = {"settings": list(switch.settings), "note": switch.note}
         try:
             other = make_plan(flipped(plan.recipe, switch), with_tower=True)
@@ -246,9 +265,15 @@ def _switches(plan: Plan, device_of: Any, now: dict[str, Any], gpus: int) -> lis
             continue
         device = device_of(other.compute_dtype)
         stages = [_stage(other, index, device, gpus, None) for index in range(len(other.stages))]
+        fits = all(s["fits"] for s in stages)
+        fewer = min(s["largest_rows_per_micro_batch"] for s in stages)
+        # What fits was reckoned from the recipe's own micro-batch; traced at its own size it may be some rows less.
+        if not fits and 1 < fewer < switch.changes.get("rows_per_micro_batch", 0):
+            waiting.insert(0, more_rows(fewer))
+            continue
         hours = sum(s["gpu_hours"] for s in stages)
         rows.append({
-            **row, "gpu_hours": hours, "saves_gpu_hours": now["gpu_hours"] - hours, "fits": all(s["fits"] for s in stages),
+            **row, "gpu_hours": hours, "saves_gpu_hours": now["gpu_hours"] - hours, "fits": fits,
             "memory_bytes": max(s["memory_bytes"]["total with what the device reserves"] for s in stages),
             "disk_bytes": _disk(other)["vision_cache_bytes"] if other.recipe.data.vision_cache else 0, "impossible": None,
         })  # fmt: skip

@@ -90,8 +90,11 @@ def savings(
     return found
 
 
-def switches(recipe: TransferRecipe, largest_rows: int, on_gpu: bool) -> list[Switch]:
-    """The switches of a recipe that change its cost, each flipped, where it can be; largest_rows: rows_per_micro_batch that fits."""
+def switches(recipe: TransferRecipe, largest_rows: int, on_gpu: bool, has_fp8: bool = False) -> list[Switch]:
+    """The switches of a recipe that change its cost, each flipped, where it can be.
+
+    largest_rows: rows_per_micro_batch that fits; has_fp8: the device has FP8 products.
+    """
     data = recipe.data
     found = []
     if data.captions_per_image != "all":
@@ -121,9 +124,18 @@ def switches(recipe: TransferRecipe, largest_rows: int, on_gpu: bool) -> list[Sw
     for tokens in (data.row_tokens // 2, data.row_tokens * 2):
         found.append(_data("row_tokens", tokens, ""))
     if largest_rows > 1 and largest_rows != data.rows_per_micro_batch:
-        found.append(_data("rows_per_micro_batch", largest_rows, "rows: the most that fit or that an update has"))
+        found.append(more_rows(largest_rows))
     found.append(_precision(recipe, on_gpu))
+    if has_fp8:
+        other = "torch" if recipe.kernels.frozen_linear == "kernel" else "kernel"
+        note = "frozen linears in FP8, not exact" if other == "kernel" else ""
+        found.append(Switch((f"kernels.frozen_linear={other}",), {"frozen_linear": other}, note))
     return [switch for switch in found if _is_valid(recipe, switch)]
+
+
+def more_rows(rows: int) -> Switch:
+    """Larger micro-batches."""
+    return _data("rows_per_micro_batch", rows, "rows: the most that fit or that an update has")
 
 
 def _is_valid(recipe: TransferRecipe, switch: Switch) -> bool:
@@ -139,6 +151,8 @@ def flipped(recipe: TransferRecipe, switch: Switch) -> TransferRecipe:
     """The recipe with a switch's changes."""
     if "precision" in switch.changes:
         return recipe.model_copy(update=switch.changes)
+    if "frozen_linear" in switch.changes:
+        return recipe.model_copy(update={"kernels": recipe.kernels.model_copy(update=switch.changes)})
     changes = dict(switch.changes)
     if changes.get("transform") == "eval":
         changes["train"] = [

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from transformers import PreTrainedModel
 
+from ...kernels.frozen_linear import ALIGNMENT
 from ..data.packing import Batch, PackedBatch
 from ..models.causal import CausalLanguageModel, fold_input_projection
 from ..models.llm import LanguageModel
@@ -57,10 +58,13 @@ _FUNCTIONS = (
 )  # fmt: skip
 
 
+Kind = Literal["product", "fp8", "attention", "function", "plain"]
+
+
 class Operation(NamedTuple):
     """What decides an operation's time: its kind, its FLOPs, the bytes that it reads and writes; and whether it is of the backward pass."""
 
-    kind: Literal["product", "attention", "function", "plain"]
+    kind: Kind
     flops: int
     moved: int
     backward: bool = False
@@ -112,10 +116,12 @@ NOTHING = Cost({})
 
 @dataclass(frozen=True)
 class Setting:
-    """How the engine computes: dtype of the forward pass, and whether on a GPU, whose autocast keeps LayerNorm in float32."""
+    """How the engine computes: dtype of the forward pass, whether on a GPU, whose autocast keeps LayerNorm in float32, and whether the frozen linears
+    of tower and language model are in FP8 (kernels/quantise_frozen.py)."""
 
     compute_dtype: torch.dtype
     on_gpu: bool
+    fp8: bool = False
 
     def autocast(self) -> contextlib.AbstractContextManager:
         if self.compute_dtype == torch.float32:
@@ -137,7 +143,7 @@ def trace_tower(tower: VisionTower, images: int, setting: Setting) -> Cost:
         part.features(pixels)
 
     key = _key("tower", type(tower.module).__name__, tower, [near], setting)
-    blocks, rest = _traced(tower, run, setting, key, setting.compute_dtype)
+    blocks, rest = _traced(tower, run, setting, key, setting.compute_dtype, fp8_but=0 if setting.fp8 else None)
     return (blocks + rest).resized(images / near)
 
 
@@ -200,7 +206,8 @@ def trace_llm(model: PreTrainedModel, batch: Batch, queries: int, setting: Setti
     else:
         shape = [(name, list(t.shape)) for name, t in vars(batch).items() if isinstance(t, Tensor)]
     key = _key("llm", json.dumps(model.config.to_diff_dict(), default=str), model, [*shape, queries], setting)
-    blocks, head = _traced(model, run, setting, key, setting.compute_dtype)
+    fp8_but = model.config.vocab_size if setting.fp8 else None  # the head stays as it is
+    blocks, head = _traced(model, run, setting, key, setting.compute_dtype, fp8_but=fp8_but)
     traced = _TARGETS.setdefault(key, batch.target_count)
     return blocks, head if traced == batch.target_count else head * (batch.target_count / traced)
 
@@ -221,7 +228,7 @@ def _moved(batch: Batch, fake: Callable[[Tensor], Tensor]) -> Any:
 
 def _key(kind: str, config: str, module: nn.Module, shape: list, setting: Setting) -> str:
     sizes = [list(p.shape) for p in module.parameters()]
-    return json.dumps([kind, config, sizes, shape, str(setting.compute_dtype), setting.on_gpu])
+    return json.dumps([kind, config, sizes, shape, str(setting.compute_dtype), setting.on_gpu, setting.fp8])
 
 
 def _traced(
@@ -231,16 +238,18 @@ def _traced(
     key: str,
     dtype: torch.dtype | None,
     every: int = 1,
+    fp8_but: int | None = None,
 ) -> tuple[Cost, Cost]:
-    """(blocks, rest) of `run`; dtype: that of all weights, None to keep each one's own; every: blocks in which the stack repeats."""
+    """(blocks, rest) of `run`; dtype: that of all weights, None to keep each one's own; every: blocks in which the stack repeats; fp8_but: as in
+    `_Recorder`."""
     if key not in _KNOWN:
         stacks = block_stacks(module)
         depth = _common_depth(stacks, every)
         if depth is None or depth <= 2 * every:
-            _KNOWN[key] = NOTHING, _trace(module, stacks, None, run, setting, dtype)
+            _KNOWN[key] = NOTHING, _trace(module, stacks, None, run, setting, dtype, fp8_but)
         else:
-            first = _trace(module, stacks, every, run, setting, dtype)
-            one = _trace(module, stacks, 2 * every, run, setting, dtype) + first * -1.0
+            first = _trace(module, stacks, every, run, setting, dtype, fp8_but)
+            one = _trace(module, stacks, 2 * every, run, setting, dtype, fp8_but) + first * -1.0
             _KNOWN[key] = one * (depth / every), first + one * -1.0
     return _KNOWN[key]
 
@@ -274,6 +283,7 @@ def _trace(
     run: Callable[[Any, Callable[[Tensor], Tensor]], None],
     setting: Setting,
     dtype: torch.dtype | None,
+    fp8_but: int | None,
 ) -> Cost:
     with _cut(stacks, blocks):
         part = copy.deepcopy(module)
@@ -285,7 +295,7 @@ def _trace(
         kept[storage._cdata] = storage.nbytes(), storage  # held, so that no other takes its place
         return tensor
 
-    recorder = _Recorder()
+    recorder = _Recorder(fp8_but)
     with mode:
         own = _fill(part, dtype)
         with contextlib.ExitStack() as stack:
@@ -342,11 +352,16 @@ class _AsOnGpu(TorchFunctionMode):
 
 
 class _Recorder(TorchDispatchMode):
-    """Every operation that does work: its FLOPs (a multiplication and an addition count two) and the bytes that it reads and writes."""
+    """Every operation that does work: its FLOPs (a multiplication and an addition count two) and the bytes that it reads and writes.
 
-    def __init__(self) -> None:
+    fp8_but: products with a matrix are in FP8, those excepted where a side of it is that long: one more operation quantises the rows (norms in
+    front of several linears would do it once for all), and both factors are read at a byte an element.  None: no FP8.
+    """
+
+    def __init__(self, fp8_but: int | None = None) -> None:
         super().__init__()
         self.operations: dict[Operation, float] = {}
+        self.fp8_but = fp8_but
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -359,12 +374,23 @@ class _Recorder(TorchDispatchMode):
         written = tree_leaves(out)
         moved = sum(_bytes(t) for t in (*read, *written) if isinstance(t, Tensor)) * (2 if name in _LOOK_UPS else 1)
         flops = _flops(func, name, args, kwargs, out)
-        key = Operation(_kind(name, flops), flops, moved, backward)
-        self.operations[key] = self.operations.get(key, 0.0) + 1.0
+        kind = _kind(name, flops)
+        if self.fp8_but is not None and name in ("mm", "addmm") and _can_be_fp8(args[-1], self.fp8_but):
+            x, weight = args[-2:]
+            self._add(Operation("plain", 0, x.numel() * (x.element_size() + 1), backward))
+            kind, moved = "fp8", x.numel() + weight.numel() + _bytes(out)
+        self._add(Operation(kind, flops, moved, backward))
         return out
 
+    def _add(self, operation: Operation) -> None:
+        self.operations[operation] = self.operations.get(operation, 0.0) + 1.0
 
-def _kind(name: str, flops: int) -> Literal["product", "attention", "function", "plain"]:
+
+def _can_be_fp8(weight: Tensor, excepted: int) -> bool:
+    return not any(side % ALIGNMENT or side == excepted for side in weight.shape)
+
+
+def _kind(name: str, flops: int) -> Kind:
     if "scaled_dot_product" in name:
         return "attention"
     if flops:

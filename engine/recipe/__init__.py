@@ -12,7 +12,7 @@ from .pretrain import LMRecipe, PairedData, PretrainSchedule, TextData, TrainTok
 from .reading import Recipe, load_recipe, missing_files, save_recipe
 from .training import Distribution, Evaluation, Generation, Guards, Initialise, Kernels, Optimizer, Output, Stage, Step
 from .transfer import TransferRecipe
-from .values import WEIGHT_SUFFIXES, RecipeError
+from .values import WEIGHT_SUFFIXES, RecipeError, told
 
 __all__ = [
     "WEIGHT_SUFFIXES",
@@ -46,4 +46,5 @@ __all__ = [
     "load_recipe",
     "missing_files",
     "save_recipe",
+    "told",
 ]  # fmt: skip

@@ -45,6 +45,12 @@ WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 RecipePath = Annotated[Path, BeforeValidator(resolve)]
 
 
+def told(error: Exception) -> str:
+    """A mistake in what was given as one line: "recipe error: ...", "data error: ..."."""
+    words = re.sub(r"(?<!^)(?=[A-Z])", " ", type(error).__name__.removesuffix("Error")).lower()
+    return f"{words} error: {error}"
+
+
 class RecipeError(ValueError):
     """A recipe that cannot be used; the command line prints the message and exits with code 2."""
 

@@ -34,13 +34,14 @@ flickr8k: $(STAMP)
 	$(BIN)/vpgtrans demo --plan recipes/flickr8k/plan.yaml --out runs/flickr8k $(DEMO_ARGS)
 	$(BIN)/vpgtrans demo --plan recipes/flickr8k/plan_llama.yaml --out runs/flickr8k_llama $(DEMO_ARGS)
 
-# One thread a process: the tests' matrices are tiny, and several processes share the cores.
+# One thread a process: the tests' matrices are tiny, and several processes share the cores. TEST_PROCESSES=0: all in one, as -s and --pdb want it.
+TEST_PROCESSES ?= 2
 test: export OMP_NUM_THREADS = 1
 test: export OPENBLAS_NUM_THREADS = 1
 test: export TOKENIZERS_PARALLELISM = false
 test: export HF_HUB_OFFLINE = 1
 test: $(KERNELS_STAMP)
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -84,7 +84,7 @@ setup(
         "tensorboard",
     ],
     extras_require={
-        "test": ["pytest", "simplejpeg"],
+        "test": ["pytest", "pytest-xdist", "simplejpeg"],
         "lint": ["ruff"],
         "triton": ["triton>=3.6; platform_system == 'Linux'"],
         # attention: flash. A source package that builds against the torch that is there: pip install --no-build-isolation, with CUDA's nvcc.

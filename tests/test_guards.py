@@ -69,7 +69,7 @@ def on_call(number: int, owner: object, name: str, monkeypatch, act) -> None:
         (loop, "_accumulate", 10, signal.SIGTERM, 10),  # inside an update that an evaluation follows
         (Validator, "loss", 4, signal.SIGUSR1, 10),  # inside the evaluation after update 10, which is broken off
         (Validator, "loss", 7, signal.SIGTERM, 20),  # the evaluation that ends the last stage
-        (loop, "_prepare", 1, signal.SIGTERM, None),
+        (loop, "prepare", 1, signal.SIGTERM, None),
     ],
 )
 def test_a_notice_saves_and_the_run_goes_on_to_the_same_end(
@@ -216,7 +216,7 @@ def test_a_vanished_image_is_named(tiny_recipe, tiny_world, tmp_path, capsys):
     again = f"output.folder={tmp_path / 'again'}"
     assert main([str(tiny_recipe), *QUICK, data, again, "data.verify_images=none"]) == 2
     message = capsys.readouterr().err
-    assert "ImageRefused" in message and str(world / "images") in message
+    assert "image error: " in message and str(world / "images") in message
 
 
 def test_what_crashes_leaves_one_place_to_look(tiny_recipe, tmp_path, monkeypatch):

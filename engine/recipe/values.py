@@ -47,7 +47,7 @@ RecipePath = Annotated[Path, BeforeValidator(resolve)]
 
 def told(error: Exception) -> str:
     """A mistake in what was given as one line: "recipe error: ...", "data error: ..."."""
-    words = re.sub(r"(?<!^)(?=[A-Z])", " ", type(error).__name__.removesuffix("Error")).lower()
+    words = re.sub(r"(?<!^)(?=[A-Z])", " ", re.sub("(Error|Refused)$", "", type(error).__name__)).lower()
     return f"{words} error: {error}"
 
 

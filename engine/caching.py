@@ -27,7 +27,7 @@ from .data.feature_table import disk_free_bytes, present_rows, remove_table
 from .data.features import LiveFeatures
 from .data.packing import Subset, TokenisedCaptions
 from .data.reading import DataError
-from .kernel_choice import quantise_tower
+from .kernel_choice import quantise_tower, uses_fp8
 from .models.llm import load_tokenizer_only
 from .models.tower import VisionTower
 from .models.vision import build_tower_on_meta, load_tower
@@ -67,8 +67,8 @@ def main(options: argparse.Namespace) -> int:
         ending.callback(log.close)
         wanted = _wanted(recipe, runtime, root, log)
         log.say(_table(wanted, root, runtime))
-        if runtime.is_main:
-            _unused(wanted, root, log, options.prune and not options.dry_run)
+        if runtime.is_main and (lines := _unused(wanted, root)):
+            log.say("\n".join(lines))
         if options.check:
             _check(wanted, root, runtime, log)
         elif not options.dry_run:
@@ -92,7 +92,9 @@ def _wanted(recipe: TransferRecipe, runtime: Runtime, root: Path, log: RunLog) -
     data, subsets, fixed = open_training(layout.train, lambda entry: open_captioned(entry, llm, **opening))
     tower = load_tower(recipe.vision).to(runtime.device, runtime.compute_dtype)
     quantise_tower(recipe.kernels, tower, runtime)
-    tower_cost = trace_tower(build_tower_on_meta(recipe.vision), TRACED_IMAGES, _setting(runtime)) * (1 / TRACED_IMAGES)
+    tower_cost = trace_tower(
+        build_tower_on_meta(recipe.vision), TRACED_IMAGES, _setting(runtime, uses_fp8(recipe.kernels, runtime.device))
+    ) * (1 / TRACED_IMAGES)
     live = LiveFeatures(data, tower, layout.transform, recipe.seed, runtime, fixed, layout.decode, layout.bad_images)
     views = layout.views if layout.transform == "train" else 1
     found, source = [], live
@@ -155,8 +157,8 @@ def _spared(
     return sum(max(0.0, r - views * (s.stop - s.start)) for r, (s, _) in zip(read, subsets.values(), strict=True))
 
 
-def _setting(runtime: Runtime) -> Setting:
-    return Setting(runtime.compute_dtype, runtime.device.type != "cpu")
+def _setting(runtime: Runtime, fp8: bool = False) -> Setting:
+    return Setting(runtime.compute_dtype, runtime.device.type != "cpu", fp8)
 
 
 def _vpg_cost(vpg: VPG, tower: VisionTower, runtime: Runtime) -> Cost:
@@ -222,15 +224,21 @@ def _build(wanted: list[Wanted], root: Path, runtime: Runtime, log: RunLog, rebu
         log.say(f"{item.name} cache: complete, {item.identity.layout.rows:,} rows in {folder}")
 
 
-def _unused(wanted: list[Wanted], root: Path, log: RunLog, prune: bool) -> None:
-    """Name the caches of the same sets that this recipe does not read, and delete them where `prune`."""
+def _unused(wanted: list[Wanted], root: Path) -> list[str]:
+    """Lines on the caches of the same sets that this recipe does not read on this machine: another recipe or machine may."""
+    read = {item.identity.folder(root) for item in wanted}
+    lines = []
     for item in wanted:
         for folder, differing in unused_tables(item.identity, root).items():
-            size = sum(path.stat().st_blocks * 512 for path in folder.iterdir()) / GIB
-            done = "deleted" if prune else "not read by this recipe (--prune deletes it)"
-            log.say(f"{folder}: {size:,.2f} GiB, made of other {', '.join(differing)}: {done}")
-            if prune:
-                remove_table(folder)
+            if folder not in read:
+                with contextlib.suppress(OSError):  # somebody deletes it
+                    size = sum(path.stat().st_blocks * 512 for path in folder.iterdir()) / GIB
+                    lines.append(f"  {folder}: {size:,.2f} GiB, made of other {', '.join(differing)}")
+    return (
+        ["not read by this recipe here; delete what no other recipe, nor this one on another machine, reads:", *lines]
+        if lines
+        else []
+    )
 
 
 def _check(wanted: list[Wanted], root: Path, runtime: Runtime, log: RunLog) -> None:

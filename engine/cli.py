@@ -96,11 +96,6 @@ def _parser() -> argparse.ArgumentParser:
 def _cache_command(commands) -> None:
     cache = _recipe_command(commands, "cache", "build the vision and prompt caches of a recipe before it runs", _cache)
     cache.epilog = "a stopped build goes on; on several GPUs: torchrun --no-python vpgtrans cache RECIPE"
-    cache.add_argument(
-        "--prune",
-        action="store_true",
-        help="delete caches of the same sets that the recipe does not read (another tower, other images, ...)",
-    )
     what = cache.add_mutually_exclusive_group()
     what.add_argument("--dry-run", action="store_true", help="show sizes and savings, build nothing")
     what.add_argument("--rebuild", action="store_true", help="delete what is there first, damaged or not")

@@ -571,7 +571,9 @@ def test_fp8_linears_of_a_traced_model():
     h200 = devices.find_device("h200", torch.bfloat16, 0.5)
     product, quantised = (Operation(kind, 10**12, 0) for kind in ("product", "fp8"))
     assert h200.operation_seconds(product) / h200.operation_seconds(quantised) == pytest.approx(1979 / 989)
-    assert ours[BLOCKS].count > theirs[BLOCKS].count and h200.seconds(ours[BLOCKS]) < 0.75 * h200.seconds(theirs[BLOCKS])
+    assert ours[BLOCKS].count > theirs[BLOCKS].count and h200.seconds(ours[BLOCKS]) < 0.75 * h200.seconds(
+        theirs[BLOCKS]
+    )
 
 
 def test_fp8_is_a_switch_where_the_device_has_it(capsys):

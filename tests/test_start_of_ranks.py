@@ -17,7 +17,7 @@ from vpgtrans.engine import guards, loop, outcome, resume, runlog, runtime, star
 from vpgtrans.engine.checkpoint import CheckpointError
 from vpgtrans.engine.data.images import ImageRefused
 from vpgtrans.engine.notice import Notice
-from vpgtrans.engine.recipe import load_recipe, save_recipe
+from vpgtrans.engine.recipe import load_recipe, save_recipe, told
 from vpgtrans.engine.startup import StartError, meet
 from vpgtrans.engine.train import main
 
@@ -125,6 +125,29 @@ def test_progress_of_another_version_is_named(tmp_path):
     (tmp_path / "state.json").write_text(json.dumps({"step": 3, "tokens_seen": 5}))
     with pytest.raises(CheckpointError, match=r"state\.json holds tokens_seen, which this version"):
         resume.read_progress(tmp_path)
+
+
+def test_what_differs_from_the_recipe_of_a_resumed_run():
+    before = {"seed": 0, "stages": [{"rate": 1.0}], "vision": {"config": {"heads": 2}, "blocks": None}}
+    now = {
+        "seed": 0,
+        "stages": [{"rate": 2.0}],
+        "vision": {"config": {"heads": 2, "eps": 1e-6}, "blocks": None, "new": 1},
+    }
+    found = list(resume._differences(before, now, ""))
+    assert found == [
+        "stages.0.rate: was 1.0, now 2.0",
+        'vision.config: was {"heads": 2}, now {"heads": 2, "eps": 1e-06}',
+    ]
+    assert not list(resume._differences(before, before, ""))
+
+
+def test_mistakes_are_told_in_one_way():
+    with pytest.raises(ValueError) as found:
+        json.loads("{")
+    assert told(found.value).startswith("JSONDecodeError: ")
+    assert told(CheckpointError("torn")) == "checkpoint error: torn"
+    assert told(ImageRefused("missing", "no such file")).startswith("image error: ")
 
 
 def test_ranks_of_two_folders_stop(tmp_path, monkeypatch, tiny_recipe):

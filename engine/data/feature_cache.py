@@ -212,7 +212,7 @@ def unused_tables(identity: Identity, root: Path) -> dict[Path, list[str]]:
         try:
             about = json.loads((folder / "about.json").read_text())
             found[folder] = _otherwise(about["made_of"], identity.made_of, "")
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             found[folder] = [f"about.json, which cannot be read ({error})"]
     return found
 

@@ -21,6 +21,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
+from ...kernels.quantise_frozen import QuantiseError
 from ..kernel_choice import quantise_, uses_fp8
 from ..recipe import Distribution, RecipeError, TransferRecipe
 from ..runlog import RunLog
@@ -99,7 +100,7 @@ def place(
         for name, part in parts.items():
             if runs := runs_of_blocks(part):
                 if fp8:
-                    quantise_(name, model.llm, tower, runtime.device, log, copies=1)
+                    _quantise(name, model.llm, tower, recipe, runtime, log)
                 found[name] = shard_blocks(part, runs, mesh, runtime, settings)
         _check_sharded(found, model.llm, recipe)
         model.llm.is_sharded = "language model" in found
@@ -121,6 +122,16 @@ def place(
     for module, dtype in ((model, None), (tower, runtime.compute_dtype)):
         move_unsharded(module, runtime.device, dtype)
     return found
+
+
+def _quantise(
+    part: str, llm: LanguageModel, tower: VisionTower, recipe: TransferRecipe, runtime: Runtime, log: RunLog
+) -> None:
+    try:
+        quantise_(part, llm, tower, runtime.device, log, copies=1)
+    except QuantiseError as error:
+        if recipe.kernels.frozen_linear == "kernel":
+            raise RecipeError(f"kernels.frozen_linear: expected auto or torch here, got kernel: {error}") from error
 
 
 def _check_sharded(found: dict[str, Shards], llm: LanguageModel, recipe: TransferRecipe) -> None:

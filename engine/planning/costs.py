@@ -181,5 +181,9 @@ def without_tower(costs: StageCosts) -> StageCosts:
 
 
 def compute_setting(recipe: TransferRecipe, dtype: torch.dtype) -> Setting:
-    on_gpu = recipe.device != "cpu"
-    return Setting(dtype, on_gpu, fp8=on_gpu and recipe.kernels.frozen_linear == "kernel")
+    return Setting(dtype, recipe.device != "cpu", in_fp8(recipe))
+
+
+def in_fp8(recipe: TransferRecipe) -> bool:
+    """Whether frozen linears are planned in FP8; `plan_recipe` has decided what auto means."""
+    return recipe.device != "cpu" and recipe.kernels.frozen_linear == "kernel"

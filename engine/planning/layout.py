@@ -9,6 +9,7 @@ from ..distributed.frozen import runs_of_blocks
 from ..distributed.sharded_adamw import part_elements
 from ..dry_run import LLM_ITEM, MASTER_ITEM, MOMENTS_ITEM, TOWER_ITEM, Plan
 from .communication import GPUS_A_NODE, Frozen
+from .costs import in_fp8
 from .devices import RESERVED_BYTES, Device
 
 GATHERED_ITEM = "frozen blocks gathered"
@@ -27,7 +28,7 @@ def rank_memory(plan: Plan, index: int, gpus: int, device: Device) -> dict[str, 
         return memory
     ranks = gpus if settings.shard_over == "world" else min(gpus, GPUS_A_NODE)
     size, gathered = plan.compute_dtype.itemsize, 0
-    fp8 = plan.recipe.kernels.frozen_linear == "kernel"
+    fp8 = in_fp8(plan.recipe)
     parts: dict[str, nn.Module] = {LLM_ITEM: plan.model.llm}
     if not plan.recipe.data.vision_cache:  # then one process encodes, with a whole tower
         parts[TOWER_ITEM] = plan.tower
@@ -55,7 +56,7 @@ def shards_blocks(plan: Plan, gpus: int, device: Device) -> bool:
 
 def frozen_blocks(plan: Plan) -> Frozen:
     """The blocks that can be sharded, in the dtype they are gathered in; none of the tower where its outputs are cached."""
-    size, fp8 = plan.compute_dtype.itemsize, plan.recipe.kernels.frozen_linear == "kernel"
+    size, fp8 = plan.compute_dtype.itemsize, in_fp8(plan.recipe)
     found = []
     for part in (plan.tower, plan.model.llm):
         blocks = [block for run in runs_of_blocks(part) for block in run]

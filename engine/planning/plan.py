@@ -13,6 +13,7 @@ import torch
 from ..data.feature_table import Layout
 from ..data.packing import DataError, Subset
 from ..dry_run import GIB, Plan, make_plan
+from ..kernel_choice import MEASURED
 from ..prompt_cache import AUTO_SHARE, spared_share
 from ..recipe import RecipeError, TransferRecipe
 from .communication import GPUS_A_NODE, scaling, traffic
@@ -52,15 +53,25 @@ def plan_recipe(
 
     if gpu != "cpu" or efficiency is not None:
         find_device(gpu, torch.bfloat16, efficiency)  # a wrong name before seconds of work
-    if recipe.kernels.frozen_linear == "kernel" and gpu != "cpu" and not DEVICES[gpu].fp8_tflops:
-        raise RecipeError(
-            f"kernels.frozen_linear: expected auto or torch on {gpu}, got kernel: FP8 products with row-wise scales need compute capability 9.0"
-        )
+    recipe = _with_fp8_decided(recipe, gpu)
     plan = make_plan(recipe, with_tower=True)
     device = device_of(plan.compute_dtype)
     found = _describe(plan, device, gpus, price)
     found["switches"] = _switches(plan, device_of, found, gpus) if with_switches else []
     return found
+
+
+def _with_fp8_decided(recipe: TransferRecipe, gpu: str) -> TransferRecipe:
+    """`kernels.frozen_linear` as a run on `gpu` would take it: auto is kernel where that was measured to pay; RecipeError where it cannot run."""
+    has_fp8 = gpu != "cpu" and DEVICES[gpu].fp8_tflops is not None
+    asked = recipe.kernels.frozen_linear
+    if asked == "kernel" and not has_fp8:
+        raise RecipeError(
+            f"kernels.frozen_linear: expected auto or torch on {gpu}, got kernel: FP8 products with row-wise scales need compute capability 9.0"
+        )
+    if asked == "auto":
+        asked = "kernel" if has_fp8 and "frozen_linear" in MEASURED else "torch"
+    return recipe.model_copy(update={"kernels": recipe.kernels.model_copy(update={"frozen_linear": asked})})
 
 
 def _describe(plan: Plan, device: Device, gpus: int, price: float | None) -> dict[str, Any]:

@@ -355,7 +355,8 @@ class _Recorder(TorchDispatchMode):
     """Every operation that does work: its FLOPs (a multiplication and an addition count two) and the bytes that it reads and writes.
 
     fp8_but: products with a matrix are in FP8, those excepted where a side of it is that long: one more operation quantises the rows (norms in
-    front of several linears would do it once for all), and both factors are read at a byte an element.  None: no FP8.
+    front of several linears would do it once for all), and both factors are read at a byte an element.  None: no FP8.  Left out: linears with one
+    copy (sharded blocks) transpose it for each backward product, 2 bytes a weight.
     """
 
     def __init__(self, fp8_but: int | None = None) -> None:

@@ -180,7 +180,8 @@ class Step(Section):
 
 
 class Distribution(Section):
-    """What each rank of a run with several keeps; on one process nothing changes.  Any setting may differ from that of the run that is resumed."""
+    """What each rank of a run with several keeps; on one process nothing changes.  Any setting may differ from that of the run that is resumed:
+    results differ by rounding, with `kernels.frozen_linear` by that of FP8."""
 
     frozen: Literal["auto", "replicated", "sharded"] = Field(
         "auto",

@@ -46,9 +46,10 @@ RecipePath = Annotated[Path, BeforeValidator(resolve)]
 
 
 def told(error: Exception) -> str:
-    """A mistake in what was given as one line: "recipe error: ...", "data error: ..."."""
-    words = re.sub(r"(?<!^)(?=[A-Z])", " ", re.sub("(Error|Refused)$", "", type(error).__name__)).lower()
-    return f"{words} error: {error}"
+    """A mistake in what was given as one line: "recipe error: ...", "data error: ..."; of other people's errors their own name."""
+    name = type(error).__name__
+    is_ours = type(error).__module__.partition(".")[0] == __name__.partition(".")[0]
+    return f"{re.sub('(Error|Refused)$', '', name).lower()} error: {error}" if is_ours else f"{name}: {error}"
 
 
 class RecipeError(ValueError):

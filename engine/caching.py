@@ -61,7 +61,13 @@ def main(options: argparse.Namespace) -> int:
     assert isinstance(recipe, TransferRecipe)
     runtime = start(recipe.device, recipe.precision, recipe.threads, recipe.seed)
     root = recipe.output.cache or recipe.output.folder.parent / "cache"
-    log = RunLog(root, enabled=runtime.is_main, name="cache.jsonl")
+    try:
+        log = RunLog(root, enabled=runtime.is_main, name="cache.jsonl", writes=not (options.check or options.dry_run))
+    except OSError as error:
+        stop()
+        raise RecipeError(
+            f"output.cache: expected a folder that can be written, got {root} ({error.strerror}); choose another"
+        ) from error
     with contextlib.ExitStack() as ending:
         ending.callback(stop)
         ending.callback(log.close)

@@ -90,6 +90,15 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="what was compiled, which kernels and packages are live, and why not")
     doctor.add_argument("--json", action="store_true")
     doctor.set_defaults(run=_doctor)
+    keys = commands.add_parser("keys", help="every key of a recipe: its values, default and meaning")
+    keys.add_argument("beginning", nargs="?", default="", help="of the keys, such as data or stages.N.optimizer")
+    keys.add_argument(
+        "--kind",
+        choices=("transfer", "lm", "vision", "vpg"),
+        default="transfer",
+        help="of recipe (default: %(default)s)",
+    )
+    keys.set_defaults(run=_keys)
     return parser
 
 
@@ -225,8 +234,13 @@ def _recipe_command(commands, name: str, text: str, run, part: tuple[str, ...] =
     command = commands.add_parser(name, help=text)
     if part:
         command.add_argument("part", choices=part)
-    command.add_argument("recipe")
-    command.add_argument("overrides", nargs="*", metavar="section.key=value")
+    command.add_argument("recipe", help="a YAML file, such as those under recipes/")
+    command.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help="in place of what the recipe says; items of lists by number: stages.0.pairs=640",
+    )
     command.set_defaults(run=run)
     return command
 
@@ -255,6 +269,25 @@ def _train(options: argparse.Namespace) -> int:
     from .train import main as train
 
     return train([options.recipe, *options.overrides, *(["--dry-run"] if options.dry_run else [])])
+
+
+def _keys(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from .recipe import KINDS
+    from .recipe.keys import keys_of
+
+    table = Table(show_lines=False, box=None, pad_edge=False)
+    for column in ("key", "values", "default", "meaning"):
+        table.add_column(column, overflow="fold")
+    for key in keys_of(KINDS[options.kind], options.beginning):
+        table.add_row(key.name, key.values, "(to be given)" if key.default is None else key.default, key.meaning)
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, markup=False, width=200)
+    console.print(table)
+    return 0
 
 
 def _cache(options: argparse.Namespace) -> int:

@@ -94,7 +94,8 @@ def print_savings(log: RunLog, recipe: TransferRecipe, model: VisionLanguageMode
     for column in ("saving", "on", "exact", "why"):
         table.add_column(column)
     for row in savings(recipe, model, choices):
-        table.add_row(row.name, "on" if row.on else "off", ("yes" if row.exact else "no") if row.on else "-", row.why)
+        state = {True: "on", False: "off", None: "auto"}[row.on]
+        table.add_row(row.name, state, "-" if row.on is False else "yes" if row.exact else "no", row.why)
     log.say(table)
 
 

@@ -57,8 +57,8 @@ def spared_share(subsets: Sequence[tuple[Subset, int]], total_pairs: int, views:
     return 1.0 - computed / read
 
 
-def prompt_cache_rows(recipe: TransferRecipe) -> list[tuple[str, bool, bool, str]]:
-    """The start-up table's row (saving, on, exact, why)."""
+def prompt_cache_rows(recipe: TransferRecipe) -> list[tuple[str, bool | None, bool, str]]:
+    """The start-up table's row (saving, on, exact, why); on is None where each stage decides when it begins."""
     setting, faults = recipe.data.prompt_cache, {s.name: recipe.prompt_cache_fault(s) for s in recipe.stages}
     possible = [name for name, fault in faults.items() if fault is None]
     is_exact = recipe.data.cache_precision == "compute" and not (
@@ -72,7 +72,8 @@ def prompt_cache_rows(recipe: TransferRecipe) -> list[tuple[str, bool, bool, str
         )
     else:
         why = "; ".join(dict.fromkeys(fault for fault in faults.values() if fault))
-    return [("prompt cache", setting is not False and bool(possible), is_exact, why)]
+    on = None if setting == "auto" and possible else setting is not False and bool(possible)
+    return [("prompt cache", on, is_exact, why)]
 
 
 def _open(this: Run, stage: Stage, order: UpdateOrder, total_pairs: int) -> StoredPrompts | None:

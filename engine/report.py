@@ -43,17 +43,22 @@ def write_report(
         `path`, `bytes` (size of the page), `runs`, `reference`, `headline`, `summary` (as of `summarise`), `notes`.
 
     Raises:
-        ReportError: a folder cannot be read, or there is no such reference.
+        ReportError: a folder cannot be read, the page cannot be written, or there is no such reference.
     """
     runs = [load_run(folder) for folder in run_dirs]
     summary = summarise(runs, reference)
     groups = group_runs(runs)
     page = build_page(title, groups, summary).encode("utf-8", errors="replace")
     out = Path(out_html)
-    out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.{os.getpid()}.part")
-    partial.write_bytes(page)
-    partial.replace(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(page)
+        partial.replace(out)
+    except OSError as error:
+        raise ReportError(
+            f"{out}: the page cannot be written ({error.strerror}); choose another place with --out"
+        ) from error
     return {
         "path": str(out),
         "bytes": len(page),

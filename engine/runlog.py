@@ -34,9 +34,11 @@ class RunLog:
         name: str = "log.jsonl",
         rank_log: Path | None = None,
         wandb: str | None = None,
+        writes: bool = True,
     ):
         """wandb: name of a Weights & Biases project.
 
+        writes: false for the screen alone, so that the folder may be read-only.
         resume_at: drop events beyond this update, which a killed run wrote after its last checkpoint; None starts a new log.
         """
         self.folder = folder
@@ -51,6 +53,8 @@ class RunLog:
                 kept = _events_up_to(rank_log, resume_at) if resume_at is not None else []
                 _replace(rank_log, "".join(json.dumps(e) + "\n" for e in kept))
                 self._file = rank_log.open("a", buffering=1)
+            return
+        if not writes:
             return
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / name

@@ -16,10 +16,10 @@ from .recipe import TransferRecipe
 
 @dataclass(frozen=True)
 class Saving:
-    """exact: whether results stay the same within rounding while it is on."""
+    """on: None where a stage decides when it begins; exact: whether results stay the same within rounding while it is on."""
 
     name: str
-    on: bool
+    on: bool | None
     exact: bool
     why: str
 

@@ -202,6 +202,9 @@ class FolderLock:
         """None when the folder is there, can be written and is ours now; otherwise what is wrong."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            probe = self.folder / f".probe.{os.getpid()}"
+            probe.write_text("")
+            probe.unlink()
             file = (self.folder / ".lock").open("a+")
         except OSError as error:
             return f"output.folder: expected a folder that can be written, got {self.folder} ({error.strerror}); choose another"

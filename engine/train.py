@@ -105,7 +105,8 @@ def _interrupted(recipe: TransferRecipe, dry: bool) -> str:
     from .checkpoint import latest_checkpoint
 
     found = latest_checkpoint(recipe.output.folder / "checkpoints")[0]
-    return f"interrupted; the same command goes on from {found}" if found else "interrupted; there is no checkpoint yet"
+    where = f"the same command goes on from {found}" if found else "there is no checkpoint yet"
+    return f"interrupted; {where} (SIGTERM or SIGUSR1, in place of Ctrl-C, saves before it ends)"
 
 
 if __name__ == "__main__":

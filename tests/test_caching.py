@@ -68,6 +68,25 @@ def test_caches_of_other_settings_are_named(tiny_recipe, tmp_path, capfd):
         assert "about.json,whichcannotberead" in shown(capfd).replace(" ", "")
 
 
+def test_a_place_that_cannot_be_written_is_one_message(tiny_recipe, tmp_path, capfd):
+    (tmp_path / "file").write_text("")
+    place = [*SETTINGS, f"output.cache={tmp_path / 'file' / 'cache'}"]
+    assert main(["cache", str(tiny_recipe), *place]) == 2
+    assert "recipe error: output.cache: expected a folder that can be written" in shown(capfd)
+    assert main(["train", str(tiny_recipe), *place]) == 2
+    said = shown(capfd)
+    assert "expected a folder that can be written" in said and "Traceback" not in said
+
+
+def test_looking_writes_nothing(tiny_recipe, tmp_path):
+    assert main(["cache", str(tiny_recipe), *SETTINGS]) == 0
+    (tmp_path / "cache" / "cache.jsonl").unlink()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")}
+    for look in ("--check", "--dry-run"):
+        assert main(["cache", str(tiny_recipe), *SETTINGS, look]) == 0
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")} == before
+
+
 def test_a_stopped_build_goes_on(tiny_recipe, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr("vpgtrans.engine.data.feature_cache.BUILD_BATCH", 5)
     real, calls = LiveFeatures.finish, []

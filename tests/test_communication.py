@@ -153,7 +153,8 @@ def test_real_processes_send_what_the_formulas_say(ranks, tiny_world, tmp_path, 
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     plans = {
-        linears: make_plan(load_recipe(path, [f"kernels.frozen_linear={linears}"])) for linears in ("auto", "kernel")
+        linears: make_plan(load_recipe(path, [f"kernels.frozen_linear={linears}", "device=cuda", "precision=fp32"]))
+        for linears in ("auto", "kernel")
     }
     stage, blocks = plans["auto"].stages[0].costs, {linears: frozen_blocks(plan) for linears, plan in plans.items()}
     assert all(found.llm_blocks == 2 and found.tower_blocks == 2 for found in blocks.values())

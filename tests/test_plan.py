@@ -546,6 +546,24 @@ def test_the_prompt_cache_spares_tower_and_qformer(tiny_recipe, settings, spared
         assert on["flops_a_pair_without"] == pytest.approx(plans[0]["stages"][0]["flops_a_pair"])
 
 
+def test_ranks_share_the_building_of_the_vision_cache(capsys):
+    command = [
+        "plan",
+        str(RECIPES / "vl_llama.yaml"),
+        "--json",
+        "--no-switches",
+        "--gpu",
+        "h200",
+        "data.vision_cache=true",
+        "data.views=2",
+    ]
+    build_s = []
+    for gpus in ("1", "8"):
+        assert main([*command, "--gpus", gpus]) == 0
+        build_s.append([stage["cache_build_s"] for stage in json.loads(capsys.readouterr().out)["stages"]])
+    assert build_s[0][0] == pytest.approx(8 * build_s[1][0]) and build_s[0][0] > 3600 and build_s[0][1] == 0
+
+
 def test_fp8_linears_of_a_traced_model():
     """FLOPs stay, those of blocks move from bf16's rate to FP8's; the head does not, and each product quantises its rows."""
 

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from vpgtrans.engine.recipe import RecipeError, load_recipe, save_recipe
+from vpgtrans.engine.cli import main
+from vpgtrans.engine.recipe import KINDS, RecipeError, load_recipe, save_recipe
+from vpgtrans.engine.recipe.keys import keys_of
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "recipes" / "demo.yaml"
@@ -63,7 +65,7 @@ def test_saved_recipe_reads_back_the_same(recipe, tmp_path):
         ("stages.0.learning_rate=-1", ["stages.0.learning_rate", "greater than 0"]),
         ("stages.0.trains=everything", ["stages.0.trains", "projector"]),
         ("data.row_tokens=0", ["data.row_tokens"]),
-        ("stages.7.pairs=1", ["stages.7", "0 to 1"]),
+        ("stages.7.pairs=1", ["stages.7", "one of 2 items, counted from 0"]),
         ("vision.path=/does/not/exist", ["vision.path", "/does/not/exist"]),
         ("stages.0.epochs=1", ["stages.0", "exactly one"]),
         ("source.vlm=null", ["source.vlm"]),
@@ -153,3 +155,21 @@ def test_another_target_does_not_keep_the_sizes_of_the_first(tmp_path):
     child = tmp_path / "child.yaml"
     child.write_text(f"extends: {qwen}\ntarget: {{llm: org/llama-13b}}\n")
     assert load_recipe(child, **settings).target.config is None
+
+
+@pytest.mark.parametrize("kind", ["transfer", "lm", "vision", "vpg"])
+def test_every_key_is_listed_with_what_a_recipe_takes(kind, capsys):
+    found = {key.name: key for key in keys_of(KINDS[kind])}
+    assert len(found) > 15 and all(
+        key.values and "typing" not in key.values and "<" not in key.values for key in found.values()
+    )
+    assert main(["keys", "--kind", kind, "output"]) == 0
+    assert "output.folder" in capsys.readouterr().out
+
+
+def test_keys_of_a_transfer():
+    found = {key.name: key for key in keys_of(KINDS["transfer"], "stages")}
+    assert found["stages.N.learning_rate"].default is None and found["stages.N.optimizer.eps"].default == "1e-08"
+    assert found["stages.N.trains"].values == "projector | vpg_and_projector"
+    with pytest.raises(RecipeError, match=r"keys: expected the beginning of one, such as name, .*got 'stage_s'"):
+        keys_of(KINDS["transfer"], "stage_s")

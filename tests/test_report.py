@@ -244,6 +244,8 @@ def test_missing_and_malformed_files(tmp_path: Path) -> None:
     with pytest.raises(ReportError, match=r"run folder .*empty: log\.jsonl holds no event"):
         load_run(empty)
     folder = make_run(tmp_path / "a", "tfs", TFS)
+    with pytest.raises(ReportError, match=r"r\.html: the page cannot be written \(.*choose another place"):
+        write_report([folder], folder / "log.jsonl" / "r.html")
     (folder / "samples.json").write_text("{}")
     with pytest.raises(ReportError, match=r"samples\.json: expected a list, found dict"):
         load_run(folder)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -148,6 +150,22 @@ def test_mistakes_are_told_in_one_way():
     assert told(found.value).startswith("JSONDecodeError: ")
     assert told(CheckpointError("torn")) == "checkpoint error: torn"
     assert told(ImageRefused("missing", "no such file")).startswith("image error: ")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "listed", "processes"), [(None, "", "1"), (None, "GPU 0: x\nGPU 1: x", "2"), ("3", "GPU 0: x", "3")]
+)
+def test_launch_file_counts_the_processes(gpus, listed, processes, tmp_path):
+    for name, text in (("nvidia-smi", f"printf '{listed}'"), ("torchrun", 'echo "$@"')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", **({"GPUS": gpus} if gpus else {})}
+    for script, more in (("one_node.sh", {}), ("several_nodes.sh", {"NODES": "2", "HEAD": "localhost"})):
+        command = ["sh", str(Path(__file__).parents[1] / "recipes" / "launch" / script), "recipe.yaml"]
+        said = subprocess.run(
+            command, env=environment | more, capture_output=True, text=True, check=True
+        ).stdout.split()
+        assert said[said.index("--nproc-per-node") + 1] == processes and said[-1] == "recipe.yaml"
 
 
 def test_ranks_of_two_folders_stop(tmp_path, monkeypatch, tiny_recipe):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -190,6 +191,16 @@ def _make_if_missing(
         except TableError as error:
             log.warn("stale_tokens", f"{error}; made again")
             shutil.rmtree(folder)
+    probe = folder.with_name(f".probe.{os.getpid()}")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise DataError(
+            f"output.cache: expected a folder that can be written, for the token ids of {folder.name}, got {folder.parent} ({error.strerror}); "
+            "choose another"
+        ) from error
     write_table(folder, rows(), report, vocabulary=framer.vocabulary, lead=framer.lead)
 
 

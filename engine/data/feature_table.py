@@ -122,10 +122,16 @@ class FeatureTable:
         sizes[folder / "rows.crc"] = 8 * layout.rows
         expected = {"format": FORMAT, **about, "layout": layout.to_dict()}
         self._check_about(expected)
-        for path, size in sizes.items():
-            self._make_or_check(path, size)
-        if not (folder / "about.json").is_file():
-            write_json(folder / "about.json", expected)
+        try:
+            for path, size in sizes.items():
+                self._make_or_check(path, size)
+            if not (folder / "about.json").is_file():
+                write_json(folder / "about.json", expected)
+        except OSError as error:
+            raise DataError(
+                f"{folder}: expected a folder that can be written, as the cache is not there yet ({error.strerror}); set output.cache to another, "
+                "or turn the cache off"
+            ) from error
         self.entries: np.ndarray = np.memmap(folder / "rows.crc", dtype="<u8", mode="r").view(np.ndarray)
         self.is_complete = (folder / "complete.json").is_file()
         if self.is_complete and (absent := self.missing()):

@@ -14,8 +14,8 @@ from .options import check_options, parser
 
 MODEL_OF_TIME = (
     "Seconds come from a model: each operation of the engine's code takes the longer of its FLOPs and its bytes at the device's rates, or the "
-    "10 us that Python needs to issue it.  Evaluation, captioning, start-up and waiting for data are not counted.  Memory and hours are "
-    "those of the recipe's `distribution` on so many GPUs, with the communication that computing does not hide."
+    "{operation_us:,.0f} us that Python needs to issue it.  Evaluation, captioning, start-up and waiting for data are not counted.  Memory and "
+    "hours are those of the recipe's `distribution` on so many GPUs, with the communication that computing does not hide."
 )
 
 LAYOUTS = {
@@ -80,7 +80,7 @@ def show(found: dict[str, Any]) -> None:
             console, "one switch flipped, best first", ("setting", "GPU-hours", "saves", "fits", "largest memory, GiB", ""),
             [_switch_row(s, found["gpu_hours"]) for s in found["switches"]],
         )  # fmt: skip
-    console.print(MODEL_OF_TIME, markup=False)
+    console.print(MODEL_OF_TIME.format(operation_us=found["operation_us"]), markup=False)
     for line in found["notes"]:
         console.print(line, markup=False)
 
@@ -152,6 +152,7 @@ def _bill(console: Console, found: dict[str, Any]) -> None:
     for s in found["stages"]:
         use = "-" if s["utilisation"] is None else f"{s['utilisation']:.0%}"
         said = [
+            "" if s["fits"] else "does not fit, see above",
             f"{s['idle_share']:.0%} of the GPUs' time idle: {s['rows_an_update_and_gpu']:.1f} rows an update and GPU"
             if s["idle_share"] > 0.05
             else "",

@@ -30,7 +30,7 @@ def rank_memory(plan: Plan, index: int, gpus: int, device: Device) -> dict[str, 
     size, gathered = plan.compute_dtype.itemsize, 0
     fp8 = in_fp8(plan.recipe)
     parts: dict[str, nn.Module] = {LLM_ITEM: plan.model.llm}
-    if not plan.recipe.data.vision_cache:  # then one process encodes, with a whole tower
+    if not plan.recipe.data.vision_cache:  # then the tower stays whole: it encodes once, before training
         parts[TOWER_ITEM] = plan.tower
     for name, part in parts.items():
         for run in runs_of_blocks(part):

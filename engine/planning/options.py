@@ -11,8 +11,13 @@ HELP = "what a recipe would take on named GPUs: memory, hours, money, and which 
 def parser() -> argparse.ArgumentParser:
     """Options and `section.key=value` may come in any order."""
     made = argparse.ArgumentParser(prog="vpgtrans plan", description=HELP)
-    made.add_argument("recipe")
-    made.add_argument("overrides", nargs="*", metavar="section.key=value")
+    made.add_argument("recipe", help="a YAML file, such as those under recipes/")
+    made.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help="in place of what the recipe says; items of lists by number: stages.0.pairs=640",
+    )
     made.add_argument(
         "--gpu", required=True, choices=GPUS, help="datasheet or measured rates; cpu: this machine, measured now"
     )

@@ -17,7 +17,7 @@ from ..kernel_choice import MEASURED
 from ..prompt_cache import AUTO_SHARE, spared_share
 from ..recipe import RecipeError, TransferRecipe
 from .communication import GPUS_A_NODE, scaling, traffic
-from .costs import TOWER, VPG_, StageCosts, StageEstimate, compute_setting, estimate, largest_micro_batch
+from .costs import TOWER, VPG_, StageCosts, StageEstimate, compute_setting, estimate, in_fp8, largest_micro_batch
 from .devices import DEVICES, RESERVED_BYTES, Device, find_device
 from .layout import GATHERED_ITEM, frozen_blocks, rank_memory, shards_blocks
 from .options import check_options
@@ -77,6 +77,15 @@ def _with_fp8_decided(recipe: TransferRecipe, gpu: str) -> TransferRecipe:
 def _describe(plan: Plan, device: Device, gpus: int, price: float | None) -> dict[str, Any]:
     stages = [_stage(plan, index, device, gpus, price) for index in range(len(plan.stages))]
     hours = sum(s["gpu_hours"] for s in stages)
+    fewest = min(s["largest_rows_per_micro_batch"] for s in stages)  # one setting for all stages
+    for stage in stages:
+        if not stage["fits"] and fewest >= 1:
+            stage["remedy"] = f"set data.rows_per_micro_batch={fewest}"
+    notes = list(plan.notes)
+    if in_fp8(plan.recipe):
+        notes.append(
+            "Frozen linears in FP8: whole on a GPU each is kept twice, once a direction, which takes as much memory as bfloat16."
+        )
     return {
         "recipe": plan.recipe.name,
         "device": {
@@ -91,7 +100,7 @@ def _describe(plan: Plan, device: Device, gpus: int, price: float | None) -> dic
         "gpu_hours": hours,
         "money": None if price is None else hours * price,
         "disk": _disk(plan),
-        "notes": plan.notes,
+        "notes": notes, "operation_us": 1e6 * device.operation_s,
     }  # fmt: skip
 
 
@@ -103,9 +112,9 @@ def _stage(plan: Plan, index: int, device: Device, gpus: int, price: float | Non
     whole, costs = costs, _with_prompts(costs, spared)
     tower = _tower_of_update(plan, whole) if data.vision_cache else None
     build_s = 0.0
-    if tower is not None and index == 0:  # one process builds it, as the engine does
+    if tower is not None and index == 0:  # all of it before the first stage, by all ranks together
         images = sum(_images_seen(plan, s) or 0 for s in plan.shapes) * data.views
-        build_s = _tower_seconds(tower, device) * images / load.encodings
+        build_s = _tower_seconds(tower, device) * images / load.encodings / gpus
     made = estimate(costs, item.pairs, device, gpus, build_s, _telling_s(plan, costs, item.pairs, device, gpus))
     memory = rank_memory(plan, index, gpus, device)
     fixed = sum(v for k, v in memory.items() if "activations" not in k and "working" not in k)
@@ -215,9 +224,16 @@ def _remedy(fixed: float, largest: int, device: Device, gpus: int, memory: dict[
         return f"set data.rows_per_micro_batch={largest}"
     frozen = sum(v for k, v in memory.items() if k.startswith("frozen"))
     text = f"weights, gradients and moments alone take {fixed / GIB:.1f} GiB of {device.memory_bytes / GIB:.1f} GiB; "
-    if GATHERED_ITEM not in memory and fixed - frozen + frozen / max(gpus, 8) < 0.8 * device.memory_bytes:
+    if (
+        device.overlaps
+        and GATHERED_ITEM not in memory
+        and fixed - frozen + frozen / max(gpus, 8) < 0.8 * device.memory_bytes
+    ):
         text += f"sharding the frozen parts ({frozen / GIB:.1f} GiB) over {max(gpus, 8)} GPUs would fit them (distribution.frozen=sharded, or auto); "
-    return text + "choose a GPU with more memory, a smaller target.llm, or fewer data.row_tokens"
+    return (
+        text
+        + f"choose a {'GPU' if device.overlaps else 'machine'} with more memory, a smaller target.llm, or fewer data.row_tokens"
+    )
 
 
 def _data(shape: SetShape, plan: Plan) -> dict[str, Any]:

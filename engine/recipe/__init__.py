@@ -9,12 +9,13 @@ This package imports neither torch nor transformers, so that a mistake is report
 from .data import ImageData, TransferData
 from .models import Converter, QFormerConfig, Source, Target, Vision
 from .pretrain import LMRecipe, PairedData, PretrainSchedule, TextData, TrainTokenizer, VisionRecipe, VPGRecipe
-from .reading import Recipe, load_recipe, missing_files, save_recipe
+from .reading import KINDS, Recipe, load_recipe, missing_files, save_recipe
 from .training import Distribution, Evaluation, Generation, Guards, Initialise, Kernels, Optimizer, Output, Stage, Step
 from .transfer import TransferRecipe
 from .values import WEIGHT_SUFFIXES, RecipeError, told
 
 __all__ = [
+    "KINDS",
     "WEIGHT_SUFFIXES",
     "Converter",
     "Distribution",

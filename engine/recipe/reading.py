@@ -19,7 +19,7 @@ from .transfer import TransferRecipe
 from .values import FromFile, RecipeError
 
 Recipe = TransferRecipe | LMRecipe | VisionRecipe | VPGRecipe
-_KINDS: dict[str, type[RecipeOfAnyKind]] = {
+KINDS: dict[str, type[RecipeOfAnyKind]] = {
     "transfer": TransferRecipe,
     "lm": LMRecipe,
     "vision": VisionRecipe,
@@ -44,13 +44,20 @@ def load_recipe(
     for override in overrides:
         _apply(values, override)
     kind = values.get("kind", "transfer")
-    if kind not in _KINDS or (kinds and kind not in kinds):
-        expected = ", ".join(kinds or tuple(_KINDS))
-        raise RecipeError(f"{path}: kind: expected one of {expected}, got {kind!r}")
+    if kind not in KINDS or (kinds and kind not in kinds):
+        expected = ", ".join(kinds or tuple(KINDS))
+        use = (
+            "; use `vpgtrans train`"
+            if kind == "transfer"
+            else f"; use `vpgtrans pretrain {kind}`"
+            if kind in KINDS
+            else ""
+        )
+        raise RecipeError(f"{path}: kind: expected one of {expected}, got {kind!r}{use}")
     try:
-        recipe = _KINDS[kind].model_validate(_expand(values, "", keep_unset_variables))
+        recipe = KINDS[kind].model_validate(_expand(values, "", keep_unset_variables))
     except ValidationError as error:
-        raise RecipeError(f"{path}: " + "\n".join(_explain(e, _KINDS[kind]) for e in error.errors())) from None
+        raise RecipeError(f"{path}: " + "\n".join(_explain(e, KINDS[kind]) for e in error.errors())) from None
     if check_files:
         _check_files(recipe, str(path))
     return recipe  # type: ignore[return-value]
@@ -138,7 +145,9 @@ def _apply(values: dict[str, Any], override: str) -> None:
 
 def _index(items: list[Any], part: str, where: str) -> int:
     if not part.isdigit() or int(part) >= len(items):
-        raise RecipeError(f"override {where}: expected a number from 0 to {len(items) - 1}, got {part!r}")
+        raise RecipeError(
+            f"override {where}: expected the place of one of {len(items)} items, counted from 0, got {part!r}"
+        )
     return int(part)
 
 
@@ -190,20 +199,21 @@ def _keys_at(model: Any, location: list[Any]) -> list[str]:
         if isinstance(part, int):
             continue
         field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
-        sections = [] if field is None else list(_sections(field.annotation))
+        sections = [] if field is None else list(sections_of(field.annotation))
         if not sections:
             return []
         model = sections[0]
     return list(model.model_fields)
 
 
-def _sections(annotation: Any) -> typing.Iterator[type[BaseModel]]:
+def sections_of(annotation: Any) -> typing.Iterator[type[BaseModel]]:
+    """The sections that an annotation names, inside lists and unions too."""
     if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
         if issubclass(annotation, BaseModel):
             yield annotation
         return
     for inner in typing.get_args(annotation):
-        yield from _sections(inner)
+        yield from sections_of(inner)
 
 
 def _check_files(recipe: Any, where: str) -> None:

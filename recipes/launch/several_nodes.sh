@@ -9,10 +9,11 @@ set -eu
 here=$(CDPATH= cd -- "$(dirname -- "$0")" && pwd)
 : "${NODES:?how many machines, for example NODES=2}" "${HEAD:?name or address of one of them, for example HEAD=10.0.0.1}"
 gpus=${GPUS:-$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)}
+[ "$gpus" != 0 ] || gpus=1
 # torchrun dies of signals that it is not told to hand on to its processes
 export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
 export TORCHELASTIC_SIGNALS_TO_HANDLE=$PET_SIGNALS_TO_HANDLE
 # and kills them half a minute after a signal: two long updates and a checkpoint may take more
 export PET_SHUTDOWN_TIMEOUT="${PET_SHUTDOWN_TIMEOUT:-110}"
-exec torchrun --nnodes "$NODES" --nproc-per-node "${gpus:-1}" --rdzv-backend c10d --rdzv-id "${JOB:-vpgtrans}" \
+exec torchrun --nnodes "$NODES" --nproc-per-node "$gpus" --rdzv-backend c10d --rdzv-id "${JOB:-vpgtrans}" \
 	--rdzv-endpoint "$HEAD:${PORT:-29400}" --max-restarts "${RESTARTS:-3}" "$here/../../engine/train.py" "$@"

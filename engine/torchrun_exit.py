@@ -82,12 +82,18 @@ def _end_with_meaningful_codes() -> None:
 
     def wait_or_end(context: PContext, *arguments: Any, **settings: Any) -> Any:
         found = wait(context, *arguments, **settings)
-        if found is not None and any(f.exitcode in (RECIPE_ERROR, STOPPED_ON_NOTICE) for f in found.failures.values()):
+        if found is not None and _says_something([f.exitcode for f in found.failures.values()]):
             context.close()  # the other workers of this machine, as before a restart
             raise ChildFailedError(context.name, found.failures)
         return found
 
     PContext.wait = wait_or_end
+
+
+def _says_something(exit_codes: Sequence[int]) -> bool:
+    """Whether workers have ended with a code of ours, and none was killed: torchrun ends those that are left with SIGTERM, which they take for a
+    scheduler's notice and end with 75."""
+    return any(code in (RECIPE_ERROR, STOPPED_ON_NOTICE) for code in exit_codes) and min(exit_codes) >= 0
 
 
 def _meaningful_exit_code(error: BaseException) -> int | None:
@@ -102,6 +108,8 @@ def _meaningful_exit_code(error: BaseException) -> int | None:
     if not isinstance(error, ChildFailedError) or not _is_train_script(parse_args(sys.argv[1:]).training_script):
         return None
     _, failure = error.get_first_failure()
+    if not _says_something([f.exitcode for f in error.failures.values()]):
+        return None
     return failure.exitcode if failure.exitcode in (RECIPE_ERROR, STOPPED_ON_NOTICE) else None
 
 

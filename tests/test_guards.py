@@ -499,8 +499,16 @@ def test_ranks_end_a_stage_together_whatever_their_captions_score(tiny_recipe, s
 def test_a_rank_that_stands_still_is_named(tiny_recipe, start_ranks, tmp_path):
     folder = tmp_path / "run"
     ranks = start_ranks(
-        2, [str(tiny_recipe), *QUICK, "guards.timeout_s=6", "guards.heartbeat_s=0.5", "stages.0.pairs=6600"]
-    )
+        2,
+        [
+            str(tiny_recipe),
+            *QUICK,
+            "guards.timeout_s=6",
+            "guards.heartbeat_s=0.5",
+            "stages.0.pairs=6600",
+            "stages.0.eval_every_pairs=null",
+        ],
+    )  # updates and nothing else: whenever the one stops, the other is in an update too
     wait_for_update(folder, 4, ranks)
     beat = folder / "ranks" / "rank-00001.json"
     while '"phase": "update"' not in beat.read_text() and ranks[1].is_alive():

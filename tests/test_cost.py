@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -39,24 +40,34 @@ def events(folder: Path, kind: str) -> list[dict]:
 
 
 def test_laps_add_up_to_the_time_that_passed():
-    meter = CostMeter(CPU, {"backward": 5.0})
     before = time.perf_counter()
+    meter = CostMeter(CPU, {"backward": 5.0})
+    begun = time.perf_counter()
     for part in ("vision tower", "backward", "vision tower"):
         time.sleep(0.01)
         meter.lap(part)
-    passed = time.perf_counter() - before
-    assert sum(meter.seconds.values()) - 5.0 == pytest.approx(passed, rel=0.05)
-    assert meter.seconds["vision tower"] >= 0.02 and 5.01 <= meter.seconds["backward"] < 5.0 + passed
+        ended = time.perf_counter()
+    laps = sum(meter.seconds.values()) - 5.0
+    assert 0.03 <= laps <= ended - before and meter.seconds["vision tower"] >= 0.02
+    assert 5.01 <= meter.seconds["backward"] <= 5.0 + ended - begun - 0.02
     shares = meter.breakdown()
     assert list(shares) == ["vision tower", "backward"] and sum(e["share"] for e in shares.values()) == pytest.approx(1)
 
 
 def test_a_lap_costs_next_to_nothing():
+    """Some readings of the clock: an update has a handful of laps and takes milliseconds at least."""
     meter = CostMeter(CPU)
-    before = time.perf_counter()
-    for _ in range(10_000):
-        meter.lap("backward")
-    assert (time.perf_counter() - before) / 10_000 < 50e-6  # an update has a handful and takes milliseconds at least
+
+    def shortest(run: Callable[[], object]) -> float:
+        seconds = []
+        for _ in range(5):
+            before = time.thread_time()
+            for _ in range(2_000):
+                run()
+            seconds.append(time.thread_time() - before)
+        return min(seconds)
+
+    assert shortest(lambda: meter.lap("backward")) < 50 * shortest(time.perf_counter)
 
 
 def test_what_is_to_come_is_weighed_by_its_flops():
@@ -135,9 +146,7 @@ def test_the_peak_is_of_numbers_as_a_model_has_them(monkeypatch):
 
 def test_the_peak_is_that_of_a_large_product():
     a = torch.ones(1024, 1024)
-    before = time.perf_counter()
     peak = measured_peak(torch.device("cpu"), torch.float32)
-    assert time.perf_counter() - before < 2.0
     best = min(_timed(lambda: a @ a) for _ in range(5))
     assert 0.2 < peak * best / (2 * 1024**3) < 5
 

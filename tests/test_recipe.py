@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -118,10 +117,10 @@ def test_every_shipped_recipe_is_valid(path, monkeypatch):
 @pytest.mark.parametrize(
     "module", [["engine/train.py"], ["-m", "vpgtrans.engine.train"], ["-m", "vpgtrans.engine.cli", "train"]]
 )
-def test_exit_code_2_in_under_5_seconds(recipe, module):
-    began = time.perf_counter()
+def test_exit_code_2_before_anything_large_is_imported(recipe, module):
+    """Within 5 s on any machine: importing torch or transformers takes most of that."""
     done = subprocess.run(
-        [sys.executable, *module, str(recipe), "stages.0.learnin_rate=1"],
+        [sys.executable, "-X", "importtime", *module, str(recipe), "stages.0.learnin_rate=1"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -131,9 +130,8 @@ def test_exit_code_2_in_under_5_seconds(recipe, module):
     assert done.returncode == 2
     assert "did you mean 'learning_rate'" in done.stderr
     assert "Traceback" not in done.stderr
-    assert "torch" not in done.stderr
-    # The promise is 5 s on a quiet machine; a loaded one gets some grace, importing torch and transformers would take more than this.
-    assert time.perf_counter() - began < 10
+    imported = {line.split("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "yaml" in imported and not imported & {"torch", "transformers", "triton"}
 
 
 def test_a_relative_model_of_an_override_is_where_the_user_stands(tmp_path, monkeypatch):

@@ -86,21 +86,26 @@ def test_time_grows_about_linearly() -> None:
 
 def test_cpp_leaves_the_interpreter_to_other_threads() -> None:
     lengths = np.random.default_rng(4).integers(1, 512, 3_000_000)
-    span: list[float] = []
 
-    def pack() -> None:
-        span.append(time.perf_counter())
-        row_packing.compiled.C.pack_rows(lengths, 512)
-        span.append(time.perf_counter())
+    def longest_pause() -> float:
+        """Of a loop while another thread packs, as a share of the packing's time."""
+        span: list[float] = []
 
-    thread = threading.Thread(target=pack)
-    ticks = []
-    thread.start()
-    while thread.is_alive():
-        ticks.append(time.perf_counter())
-    thread.join()
-    # With the GIL held, this loop would stand still for as long as the call takes.
-    assert np.diff(ticks).max() < 0.8 * (span[1] - span[0])
+        def pack() -> None:
+            span.append(time.perf_counter())
+            row_packing.compiled.C.pack_rows(lengths, 512)
+            span.append(time.perf_counter())
+
+        thread = threading.Thread(target=pack)
+        ticks = []
+        thread.start()
+        while thread.is_alive():
+            ticks.append(time.perf_counter())
+        thread.join()
+        return np.diff(ticks).max() / (span[1] - span[0])
+
+    # With the GIL held, the loop would stand still for as long as the call takes, every time.
+    assert any(longest_pause() < 0.8 for _ in range(5))
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib.metadata
 import sys
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .report import main as report
 
         return report(arguments[1:])
-    options = None if arguments[:1] == ["plan"] else parser.parse_args(arguments)
+    options = None if arguments[:1] == ["plan"] else _parsed(parser, arguments)
     if options is not None and options.command is None:
         parser.print_help()
         return EXIT_USAGE
@@ -34,6 +35,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:  # RecipeError, DataError, ModelError, CheckpointError: what was given cannot be used
         print(told(error), file=sys.stderr)
         return EXIT_USAGE
+
+
+def _parsed(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
+    """What is not known is told with the usage of its sub-command and the option that comes nearest."""
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        command = _sub_commands(parser).get(options.command, parser)
+        near = difflib.get_close_matches(unknown[0], command._option_string_actions, 1, cutoff=0.7)
+        command.error(f"unrecognized arguments: {' '.join(unknown)}" + (f"; did you mean {near[0]}?" if near else ""))
+    return options
+
+
+def _sub_commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    return next(a.choices for a in parser._actions if isinstance(a, argparse._SubParsersAction))
 
 
 def _parser() -> argparse.ArgumentParser:

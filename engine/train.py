@@ -39,6 +39,9 @@ def main(argv: list[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__ if arguments else USAGE, file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else 2
+    if unknown := [a for a in arguments if a.startswith("-")]:
+        print(f"{USAGE}\ntrain.py: error: unrecognized arguments: {' '.join(unknown)}", file=sys.stderr)
+        return 2
     try:
         recipe = load_recipe(
             arguments[0], arguments[1:], kinds=("transfer",), check_files=not dry, keep_unset_variables=dry

@@ -15,6 +15,7 @@ from vpgtrans.engine.cli import main
 from vpgtrans.engine.demo import _is_done, _jobs, _read_plan
 from vpgtrans.engine.recipe import RecipeError
 from vpgtrans.engine.report import load_run
+from vpgtrans.engine.train import main as train
 
 ROOT = Path(__file__).resolve().parents[1]
 TORCHRUN = Path(sys.executable).with_name("torchrun")
@@ -95,3 +96,31 @@ def test_the_world_and_usage(tmp_path, capsys):
     assert main(["scenes", str(tmp_path / "w"), "--train=2", "--source=1", "--val=1", "--text=2"]) == 0
     assert "2 train" in capsys.readouterr().out
     assert main([]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--dryrun", "r.yaml"], "unrecognized arguments: --dryrun; did you mean --dry-run?"),
+        (["caption", "m", "i.jpg", "--num-beans=3"], "did you mean --num-beams?"),
+        (["--nonsense"], "unrecognized arguments: --nonsense\n"),
+    ],
+)
+def test_an_unknown_option_is_told_by_its_command(arguments, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    err = capsys.readouterr().err
+    assert ended.value.code == 2 and message in err
+    assert err.startswith(
+        f"usage: vpgtrans {arguments[0]} " if arguments[0] != "--nonsense" else "usage: vpgtrans [-h]"
+    )
+
+
+def test_train_takes_recipes_and_its_own_options(capsys):
+    assert train(["--dryrun", str(ROOT / "recipes" / "demo.yaml")]) == 2
+    assert "unrecognized arguments: --dryrun" in capsys.readouterr().err
+    plan = ROOT / "recipes" / "demo" / "plan.yaml"
+    assert main(["train", str(plan)]) == 2
+    assert capsys.readouterr().err == (
+        f"recipe error: {plan}: expected a recipe, got a plan of parts and arms; use `vpgtrans demo --plan {plan}`\n"
+    )

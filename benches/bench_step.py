@@ -189,8 +189,9 @@ class Bench:
             loaded = peer.load(stage, captions, **self.best[name])
             for source in peer.sources[: 3 if stage == 1 else 2]:
                 flops = self._check(name, captions, source)["flops"]
-                # Kernels are not counted: the arithmetic is that of torch's operations.
-                flops = flops if name == "engine" else rows["engine", captions, source]["flops"]
+                # A GPU's kernels are not counted: the arithmetic is that of torch's operations.
+                on_cpu = self.settings.device == "cpu"
+                flops = flops if on_cpu or name == "engine" else rows["engine", captions, source]["flops"]
                 rows[name, captions, source] = {**loaded, "flops": flops}
         runs: dict[Any, Any] = {key: lambda key=key: self.peers[key[0]].step(key[2]) for key in rows}
         engine, size = self.peers["engine"], 512 if self.settings.shape == "tiny" else RATE_SIZE[self.settings.device]
@@ -344,8 +345,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     dtype = dtypes[options.dtype] if options.dtype else torch.bfloat16 if on_gpu else fastest_dtype()
     found = about("step", options.device, **versions(), results=[])
     print(f"one optimiser step on {found['device']}, {dtype}")
-    # On the CPU the Q-Former's latents are the one operation of kernels/ that can pay.
-    names = [*PEERS, "engine", *(("engine, kernels", "engine, fp8") if on_gpu else ("engine, latents",))]
+    # On the CPU the Q-Former's latents are the one operation of kernels/ that pays.
+    names = [*PEERS, "engine", *(("engine, kernels", "engine, fp8") if on_gpu else ("engine, formed",))]
     for shape in options.shape:
         if time.monotonic() - began > options.limit_s:
             print(f"{shape}: not measured: {options.limit_s:.0f} s are over")

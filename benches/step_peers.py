@@ -417,11 +417,12 @@ class Tuned(Transformers):
         return self.fused_loss(head, states, labels) / self.targets
 
 
-# Operations of kernels/ in place of torch's; without a variant those that a recipe's `auto` gives.
+# The `kernels` section of each variant; without one what a recipe's `auto` gives.
 VARIANTS = {
-    "latents": ("qformer_attention",),
-    "kernels": tuple(name for name in Kernels.model_fields if name != "frozen_linear"),
-    "fp8": tuple(Kernels.model_fields),
+    "": Kernels(),
+    "formed": Kernels(qformer_attention="torch"),
+    "kernels": Kernels(**{name: "kernel" for name in Kernels.model_fields if name != "frozen_linear"}),
+    "fp8": Kernels(**dict.fromkeys(Kernels.model_fields, "kernel")),
 }
 
 
@@ -435,12 +436,9 @@ class Engine(Peer):
         base = make_blip2(settings) if base is None else base
         self.tower, self.model = engine_of(base, settings)
         self.modules = self.model
-        self.fuses_adamw = False
-        if variant:
-            chosen = Kernels(**dict.fromkeys(VARIANTS[variant], "kernel"))
-            log = SimpleNamespace(say=lambda *_: None)
-            use_kernels(chosen, self.model, self.tower, self.runtime, log)
-            self.fuses_adamw = chosen.adamw_step == "kernel"
+        log = SimpleNamespace(say=lambda *_: None)
+        choices = use_kernels(VARIANTS[variant], self.model, self.tower, self.runtime, log)
+        self.fuses_adamw = any(c.name == "adamw_step" and c.on for c in choices)
         self.stage = 2
 
     def load(self, stage: int, captions: int, row_tokens: int = 512, rows: int = 8, **setting: Any) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from ..kernels import image_decode, row_packing
 from ..kernels.triton_support import triton_unsupported_reason
-from .kernel_choice import MEASURED, fp8_reason
+from .kernel_choice import MEASURED, MEASURED_ON_CPU, fp8_reason
 from .models.attention_back_ends import back_end_unsupported_reason
 from .optim import apex_unsupported_reason
 from .recipe import Kernels
@@ -87,7 +87,14 @@ BACK_ENDS = {
 }
 
 # Operation -> what is live where its fast implementation is not; the reference for those that are not listed.
-FALLBACKS = {"image_decode": image_decode.live_decoder}
+FALLBACKS = {
+    "image_decode": image_decode.live_decoder,
+    "qformer_attention": lambda: (
+        "torch, through latents"
+        if _gpu_or_cpu().type == "cpu" and "qformer_attention" in MEASURED_ON_CPU
+        else "reference"
+    ),
+}
 
 
 def collect() -> dict[str, Any]:

@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from .checkpoint import CheckpointError
 from .data.coco import read_image_data
+from .kernel_choice import fuses_cross_attention_on_cpu
 from .models.llm import ModelError, attention_of
 from .models.sources import describe_source
 from .models.tower import VisionTower
@@ -117,6 +118,8 @@ def make_plan(recipe: TransferRecipe, with_tower: bool = False) -> Plan:
     used = {n for s in recipe.stages for n in s.data or [e.name for e in recipe.data.train]}
     shapes = {e.name: set_shape(e, recipe, tokenizer) for e in recipe.data.train if e.name in used}
     setting = compute_setting(recipe, compute_dtype)
+    # Traces run on fake tensors of the CPU, so the forms that a GPU would take are not in them.
+    vpg.fuses_cross_attention = not setting.on_gpu and fuses_cross_attention_on_cpu(recipe.kernels, vpg, tower.tokens)
     stages = []
     for index, stage in enumerate(recipe.stages):
         pairs = stage.pairs or _pairs_of_epochs(recipe, index)

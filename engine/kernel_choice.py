@@ -1,7 +1,7 @@
 """Which operations of kernels/ a run uses in place of torch's: what the recipe's `kernels` section says.
 
-`auto` uses an operation only where a measurement on a GPU, committed under benches/results/, has shown that it pays; MEASURED names those.
-Everything else stays torch's until then, and `kernel` is there for whoever wants to try.
+`auto` uses an operation only where a measurement, committed under benches/results/, has shown that it pays: on a GPU MEASURED names those, on
+the CPU MEASURED_ON_CPU.  Everything else stays torch's until then, and `kernel` is there for whoever wants to try.
 """
 
 from __future__ import annotations
@@ -13,17 +13,21 @@ from typing import Literal
 import torch
 
 from ..kernels.frozen_linear import fp8_unsupported_reason
+from ..kernels.qformer_attention import AttentionShape, choose_form
 from ..kernels.quantise_frozen import FrozenLinear, QuantiseError, quantise_frozen_
 from ..kernels.triton_support import triton_unsupported_reason
 from .models.causal import CausalLanguageModel
 from .models.llm import LanguageModel, ModelError
 from .models.tower import VisionTower
 from .models.vlm import VisionLanguageModel
+from .models.vpg import VPG
 from .recipe import Kernels, RecipeError
 from .runlog import RunLog
 from .runtime import Runtime
 
 MEASURED: frozenset[str] = frozenset()  # none yet: no GPU has run them
+# Through latents, where they cost less: a step is 1.05 to 1.07 times as fast while the VPG trains (step_cpu_2026-11-22.json).
+MEASURED_ON_CPU: frozenset[str] = frozenset({"qformer_attention"})
 TRITON_ALONE = ("prefix_attention", "prompt_assembly", "linear_cross_entropy", "adamw_step")
 INEXACT = frozenset({"frozen_linear"})
 
@@ -60,6 +64,8 @@ def use_kernels(
     if attention != "auto":
         asked = asked.model_copy(update={"prefix_attention": "torch"})
     device, llm = runtime.device, model.llm
+    measured = MEASURED_ON_CPU if device.type == "cpu" else MEASURED
+    no_gain = {"qformer_attention": latents_cost_more_reason(model.vpg, tower.tokens) if device.type == "cpu" else None}
     without_triton = triton_unsupported_reason(device)
     # Operation -> why it cannot run (None where it can), and what switches it on.
     operations: dict[str, tuple[str | None, Callable[[], None]]] = {
@@ -78,12 +84,14 @@ def use_kernels(
     choices = []
     for name, (reason, switch_on) in operations.items():
         setting = getattr(asked, name)
-        on = setting == "kernel" or (setting == "auto" and name in MEASURED and reason is None)
+        auto_reason = reason or no_gain.get(name)
+        on = setting == "kernel" or (setting == "auto" and name in measured and auto_reason is None)
         if on and reason is None:
             try:
                 switch_on()
             except (ModelError, QuantiseError) as error:
-                reason, on = str(error), setting == "kernel"
+                auto_reason = reason = str(error)
+                on = setting == "kernel"
         if on and reason is not None:
             raise RecipeError(f"kernels.{name}: expected auto or torch here, got kernel: {reason}")
         named = (
@@ -91,7 +99,7 @@ def use_kernels(
             if attention != "auto" and name == "prefix_attention"
             else f"kernels.{name} is {setting}"
         )
-        why = named + ("" if on else f"; {reason or 'not measured on a GPU yet'}")
+        why = named + ("" if on else f"; {auto_reason or 'not measured on a GPU yet'}")
         choices.append(Choice(name, on, name not in INEXACT, why))
     if attention != "auto":
         choices.append(_use_attention(attention, llm))
@@ -132,6 +140,25 @@ def _attend_by_prefix(llm: LanguageModel) -> None:
 
 def _fuse_cross_attention(model: VisionLanguageModel) -> None:
     model.vpg.fuses_cross_attention = True
+
+
+def fuses_cross_attention_on_cpu(asked: Kernels, vpg: VPG, image_tokens: int) -> bool:
+    """What `use_kernels` decides there, without a model on a device."""
+    setting = asked.qformer_attention
+    pays = "qformer_attention" in MEASURED_ON_CPU and latents_cost_more_reason(vpg, image_tokens) is None
+    return setting == "kernel" or (setting == "auto" and pays)
+
+
+def latents_cost_more_reason(vpg: VPG, image_tokens: int) -> str | None:
+    """Why a CPU that trains this VPG gains nothing from its cross-attention through latents; None where it does."""
+    config = vpg.config
+    shape = AttentionShape(
+        1, config.num_query_tokens, image_tokens, vpg.image_width, config.hidden_size, config.num_attention_heads
+    )
+    if choose_form(shape, gradients=True, image_gradient=False, device="cpu") == "latents":
+        return None
+    head = config.hidden_size // config.num_attention_heads
+    return f"{config.num_query_tokens} queries and heads of {head}: latents cost no less than keys and values"
 
 
 def _projection_reason(llm: LanguageModel, device: torch.device) -> str | None:

@@ -115,6 +115,14 @@ def make_vlm():
     return lambda llm: VisionLanguageModel(VPG(sizes, 6), torch.nn.Linear(8, llm.hidden_width), llm)
 
 
+@pytest.fixture
+def no_tower():
+    """A tower of nothing: images are features, of 5 tokens and the width that make_vlm's Q-Former reads."""
+    from vpgtrans.engine.models.tower import CLIP_NORM, VisionTower
+
+    return VisionTower(torch.nn.Identity(), 6, 5, 32, CLIP_NORM, "none")
+
+
 @pytest.fixture(scope="session")
 def tiny_world(tmp_path_factory) -> Path:
     """A folder with scenes, a random tower, two random language models, a random VPG and a source run's model, all in their real formats."""

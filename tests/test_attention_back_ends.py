@@ -354,18 +354,20 @@ def test_rows_of_changing_shape_are_neither_captured_nor_compiled(
         regions.use_regions(Step(cuda_graphs=True), model, tower, layout, runtime)
 
 
-def test_what_the_savings_table_says(make_llm, make_vlm, sdpa_for_flash):
+def test_what_the_savings_table_says(make_llm, make_vlm, no_tower, sdpa_for_flash):
     runtime = start("cpu", "fp32", 1, 0)
     try:
-        found = {c.name: c for c in use_kernels(Kernels(), make_vlm(make_llm("llama")), None, runtime, None, "flash")}
+        found = {
+            c.name: c for c in use_kernels(Kernels(), make_vlm(make_llm("llama")), no_tower, runtime, None, "flash")
+        }
         assert found["packed attention"].on and found["packed attention"].why == "attention is flash"
         assert not found["prefix_attention"].on and "attention is flash" in found["prefix_attention"].why
         assert "packed attention" not in {
-            c.name for c in use_kernels(Kernels(), make_vlm(make_llm("opt")), None, runtime, None)
+            c.name for c in use_kernels(Kernels(), make_vlm(make_llm("opt")), no_tower, runtime, None)
         }
         llm = make_llm("llama")
         llm.model.config._attn_implementation = "eager"
         with pytest.raises(RecipeError, match="attends by eager"):
-            use_kernels(Kernels(), make_vlm(llm), None, runtime, None, "flash")
+            use_kernels(Kernels(), make_vlm(llm), no_tower, runtime, None, "flash")
     finally:
         stop()

@@ -72,8 +72,8 @@ def test_the_table_and_its_file(bench, tmp_path, capsys):
     peers = [(stage, 5, peer, "live") for stage in (1, 2) for peer in bench.PEERS]
     sources = {1: ("live", "vision cache", "prompt cache"), 2: ("live", "vision cache")}
     engine = [(stage, n, "engine", source) for stage in (1, 2) for n in (1, 5) for source in sources[stage]]
-    latents = [(stage, 5, "engine, latents", source) for stage in (1, 2) for source in sources[stage]]
-    assert set(rows) == {*peers, *engine, *latents}
+    formed = [(stage, 5, "engine, formed", source) for stage in (1, 2) for source in sources[stage]]
+    assert set(rows) == {*peers, *engine, *formed}
     for key, row in rows.items():
         assert row["step_s"] > 0 and row["cpu_s"] > 0 and 0 <= row["padding"] < 1 and row["pairs"] == 10
         assert row["share_of_floor"] == pytest.approx(row["floor_s"] / row["step_s"])

@@ -15,16 +15,18 @@ from vpgtrans.engine.models.attention import PREFIX
 from vpgtrans.engine.models.llm import ModelError
 from vpgtrans.engine.models.vlm import VisionLanguageModel
 from vpgtrans.engine.models.vpg import VPG
-from vpgtrans.engine.recipe import Kernels, RecipeError, load_recipe
+from vpgtrans.engine.recipe import Kernels, QFormerConfig, RecipeError, load_recipe
 from vpgtrans.engine.runtime import start, stop
 from vpgtrans.kernels.triton_support import is_interpreted
 
 
 @pytest.fixture
-def choose(make_vlm):
+def choose(make_vlm, no_tower):
     """choose(llm, prefix_attention="on", ...) -> {name: Choice} on the CPU."""
     runtime = start("cpu", "fp32", 1, 0)
-    yield lambda llm, **asked: {c.name: c for c in use_kernels(Kernels(**asked), make_vlm(llm), None, runtime, None)}
+    yield lambda llm, **asked: {
+        c.name: c for c in use_kernels(Kernels(**asked), make_vlm(llm), no_tower, runtime, None)
+    }
     stop()
 
 
@@ -35,6 +37,25 @@ def test_nothing_unmeasured_is_on_by_itself(make_llm, choose):
     assert not any(choice.on for choice in found.values()) and not llm.fuses_head
     assert llm.model.config._attn_implementation == "sdpa"
     assert not found["frozen_linear"].exact and found["adamw_step"].exact
+    assert "32 queries and heads of 4: latents cost no less" in found["qformer_attention"].why
+
+
+def test_on_the_cpu_blip2s_qformer_reads_through_latents(make_llm, no_tower):
+    """Measured there (benches/results/step_cpu_2026-11-22.json); `kernels.qformer_attention=torch` is the way back."""
+    llm = make_llm("llama")
+    with torch.device("meta"):
+        vpg = VPG(QFormerConfig(), 1408)
+    no_tower.tokens = 257
+    runtime = start("cpu", "fp32", 1, 0)
+    try:
+        for asked, on in ((Kernels(), True), (Kernels(qformer_attention="torch"), False)):
+            vpg.fuses_cross_attention = False
+            model = VisionLanguageModel(vpg, torch.nn.Linear(768, llm.hidden_width), llm)
+            found = {c.name: c for c in use_kernels(asked, model, no_tower, runtime, None)}["qformer_attention"]
+            assert (found.on, found.exact, vpg.fuses_cross_attention) == (on, True, on)
+            assert kernel_choice.fuses_cross_attention_on_cpu(asked, vpg, 257) == on
+    finally:
+        stop()
 
 
 def test_when_a_model_uses_prefix_attention(make_llm, choose, monkeypatch):
@@ -47,7 +68,7 @@ def test_when_a_model_uses_prefix_attention(make_llm, choose, monkeypatch):
     ):
         choose(llm, prefix_attention="kernel")
     monkeypatch.setattr(causal, "triton_unsupported_reason", lambda device: None)
-    monkeypatch.setattr(kernel_choice, "MEASURED", frozenset({"prefix_attention"}))
+    monkeypatch.setattr(kernel_choice, "MEASURED_ON_CPU", frozenset({"prefix_attention"}))
     with monkeypatch.context() as broken:
         fault = ModelError("tiny does not honour a prefix")
         broken.setattr(llm, "check_contract", lambda: (_ for _ in ()).throw(fault))
@@ -70,13 +91,13 @@ def test_fp8_is_for_gpus(make_llm, choose):
         choose(make_llm("llama"), frozen_linear="kernel")
 
 
-def test_the_first_half_of_the_model(make_llm, make_vlm, choose):
+def test_the_first_half_of_the_model(make_llm, make_vlm, no_tower, choose):
     """The cross-attention's cheaper form is torch's own operations too; the projector's rows are packed ones."""
     model = make_vlm(make_llm("llama"))
     runtime = start("cpu", "fp32", 1, 0)
     asked = Kernels(qformer_attention="kernel", projector_converter="kernel")
     if is_interpreted():
-        use_kernels(asked, model, None, runtime, None)
+        use_kernels(asked, model, no_tower, runtime, None)
         assert model.vpg.fuses_cross_attention and model.projects_into_rows
         assert not VisionLanguageModel.projects_into_rows and not VPG.fuses_cross_attention
     assert choose(make_llm("llama"), qformer_attention="kernel")["qformer_attention"].on

@@ -159,7 +159,8 @@ def test_activations_of_language_models_against_autograd(name, setting):
 
 @pytest.mark.parametrize("setting", [FP32, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("trains", [False, True], ids=["frozen", "trains"])
-def test_vpg_and_projector_against_torch(trains, setting):
+@pytest.mark.parametrize("latents", [False, True], ids=["formed", "latents"])
+def test_vpg_and_projector_against_torch(latents, trains, setting):
     config = QFormerConfig(
         hidden_size=96,
         num_attention_heads=3,
@@ -172,6 +173,7 @@ def test_vpg_and_projector_against_torch(trains, setting):
     for device in ("meta", "cpu"):
         with torch.device(device):
             vpg, projector = VPG(config, 176), torch.nn.Linear(96, 160)
+        vpg.fuses_cross_attention = latents
         made.append((vpg.requires_grad_(trains).train(trains), projector))
     vpg, projector = made[1]
     traced = trace_vpg(*made[0], 3, 65, setting)

@@ -178,7 +178,7 @@ def trace_vpg(vpg: VPG, projector: nn.Linear, images: int, image_tokens: int, se
             made = part(prompts)
         made.backward(torch.empty_like(made))
 
-    shape = [near, image_tokens, trains, vpg.training]
+    shape = [near, image_tokens, trains, vpg.training, vpg.fuses_cross_attention]
     key = _key("vpg", vpg.config.model_dump_json(), vpg, shape, setting)
     blocks, rest = _traced(vpg, run, setting, key, None, every=vpg.config.cross_attention_frequency)
     key = _key("projector", "", projector, shape, setting)

@@ -137,7 +137,7 @@ class Guards(Section):
 
 
 class Kernels(Section):
-    """Operations of kernels/ in place of torch's; auto: those that were measured to pay on a GPU (none yet)."""
+    """Operations of kernels/ in place of torch's; auto: those that were measured to pay (on the CPU qformer_attention, on a GPU none yet)."""
 
     prefix_attention: Literal["auto", "kernel", "torch"] = Field(
         "auto",
@@ -145,7 +145,7 @@ class Kernels(Section):
     )
     qformer_attention: Literal["auto", "kernel", "torch"] = Field(
         "auto",
-        description="the Q-Former's cross-attention in the form that costs least, tokens cast and normalised once; also on the CPU",
+        description="the Q-Former's cross-attention in the form that costs least, tokens normalised once; auto: on the CPU, where latents pay",
     )
     projector_converter: Literal["auto", "kernel", "torch"] = Field(
         "auto",

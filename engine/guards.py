@@ -181,21 +181,37 @@ class Guard:
             )  # fmt: skip
 
     def after_update(self, save: Callable[[], None]) -> None:
-        """Once an update on every rank: end the run where any rank has had a notice or could not save.
+        """Once an update on every rank: end the run where any rank has had a notice, or rank 0 could not save.
 
         Ranks exchange flags through the host.  Each reads the flags of the update before, which have long arrived, so nobody waits and all
         stop after the same update.
         """
-        try:
-            self.writer.check()
-        except SaveError as error:
-            self._failure = RunStopped(str(error))
+        self.attempt(self.writer.check)
         flag = FAILED if self._failure else NOTICED if self._notice.received else 0
         flag = flag if self._group is None else self._exchanged(flag)
         if flag == FAILED:
-            raise self._failure or _quiet(RunStopped("another rank has stopped the run"))
+            self._stop_where_one_has_failed(True)
         if flag == NOTICED:
             self.save_and_leave(save)
+
+    def attempt(self, save: Callable[[], None]) -> None:
+        """On rank 0, `save`: what it runs into ends the run on all ranks together, in the next `after_update` or `saved`."""
+        try:
+            save()
+        except SaveError as error:
+            self._failure = self._failure or RunStopped(str(error))
+
+    def saved(self) -> None:
+        """On every rank: wait until the last checkpoint is on the disk; RunStopped on all of them where it is not."""
+        self.attempt(self.writer.finish)
+        failed = torch.tensor(self._failure is not None)
+        if self._group is not None:
+            dist.all_reduce(failed, dist.ReduceOp.MAX, group=self._group)
+        self._stop_where_one_has_failed(bool(failed))
+
+    def _stop_where_one_has_failed(self, failed: bool) -> None:
+        if failed:
+            raise self._failure or _quiet(RunStopped("another rank has stopped the run"))
 
     def _exchanged(self, flag: int) -> int:
         before = self._pending
@@ -207,15 +223,10 @@ class Guard:
         return int(before[1])
 
     def save_and_leave(self, save: Callable[[], None]) -> None:
-        """Save and raise StoppedOnNotice, on every rank."""
+        """Save and raise StoppedOnNotice, on every rank; RunStopped where it could not be saved."""
         self.at("save")
         save()
-        try:
-            self.writer.finish()
-        finally:
-            if self._group is not None:
-                # torchrun gives the others 30 s as soon as one rank has ended: none ends before rank 0 has written.
-                dist.barrier(group=self._group)
+        self.saved()  # torchrun gives the others 30 s as soon as one rank has ended: none ends before rank 0 has written
         error = StoppedOnNotice(
             f"on {self._notice.received or 'a notice to another rank'} after update {self._heartbeat.update:,}; saved in {self.writer.root}; "
             "the same command goes on from there"

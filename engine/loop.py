@@ -91,7 +91,7 @@ def _run(recipe: TransferRecipe, runtime: Runtime, guard: Guard, about_loader: s
         first = progress.stage
         for index in range(first, len(recipe.stages)):
             _train_stage(this, index, found if index == first else None)
-        guard.writer.finish()
+        guard.saved()
         guard.at("final evaluation")
         return outcome.finish(this)
     finally:
@@ -368,7 +368,8 @@ def _save(this: Run, optimizer) -> None:
         optimizer.consolidate()
     if this.runtime.is_main:
         tensors = _trained_so_far(this, this.progress.stage)
-        this.guard.writer.save(this.progress.step, tensors, optimizer, asdict(this.progress))
+        state = asdict(this.progress)
+        this.guard.attempt(lambda: this.guard.writer.save(this.progress.step, tensors, optimizer, state))
 
 
 def _trained_so_far(this: Run, index: int) -> dict[str, Tensor]:

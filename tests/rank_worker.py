@@ -16,6 +16,7 @@ def make_fault(name: str) -> None:
     killed-in-eval-4    it is noticed in its fourth evaluation, and killed there when it has saved what it saves
     other-projector     it begins with other values
     other-captions      its captions score as if it alone got better
+    full-disk           its disk has no room for the checkpoint of update 4
     """
     from vpgtrans.engine.models.vlm import VisionLanguageModel
 
@@ -23,6 +24,8 @@ def make_fault(name: str) -> None:
         return begin_elsewhere()
     if name == "other-captions":
         return score_better()
+    if name == "full-disk":
+        return have_no_room()
     if name.startswith("killed-in-eval"):
         return be_killed(int(name.rpartition("-")[2]))
 
@@ -69,6 +72,21 @@ def begin_elsewhere() -> None:
         return model, origins
 
     prepare.build_model = build_model
+
+
+def have_no_room() -> None:
+    import errno
+
+    from vpgtrans.engine import checkpoint
+
+    real = checkpoint.save_file
+
+    def save_file(tensors, path):
+        if "step-00000004" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(tensors, path)
+
+    checkpoint.save_file = save_file
 
 
 def score_better() -> None:

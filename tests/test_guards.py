@@ -465,6 +465,18 @@ def test_a_bad_number_on_one_rank_skips_the_update_on_all(tiny_recipe, start_ran
     ]
 
 
+@pytest.mark.parametrize("background", ["true", "false"])
+def test_a_disk_that_is_full_stops_all_ranks_together(background, tiny_recipe, start_ranks, tmp_path):
+    """One message, of rank 0, and nobody waits for it in vain."""
+    ranks = start_ranks(2, [str(tiny_recipe), *QUICK, f"guards.background_saves={background}"], fault={0: "full-disk"})
+    assert ends(ranks) == [1, 1]
+    said, other = (r.log.read_text() for r in ranks)
+    assert "stopped: " in said and "step-00000004: the checkpoint could not be written" in said
+    assert not any(text in said + other for text in ("lost the others", "Traceback")) and "stopped" not in other
+    assert not (tmp_path / "run" / "crash.txt").exists()
+    assert checkpoint.latest_checkpoint(tmp_path / "run" / "checkpoints")[0].name == "step-00000002"
+
+
 def test_a_kill_after_a_notice_in_an_evaluation_finds_it_saved(tiny_recipe, start_ranks, tmp_path):
     """Also where the moments are spread over the ranks."""
     settings = [str(tiny_recipe), *QUICK, "distribution.optimizer=sharded", "output.checkpoint_every_pairs=null"]

@@ -69,7 +69,7 @@ def test_the_table_and_its_file(bench, tmp_path, capsys):
     assert found["bench"] == "step" and {"date", "device", "torch", "transformers", "liger-kernel"} <= set(found)
     [result] = found["results"]
     rows = {(r["stage"], r["captions"], r["peer"], r["source"]): r for r in result["rows"]}
-    peers = [(stage, 5, peer, "live") for stage in (1, 2) for peer in bench.PEERS]
+    peers = [(stage, n, peer, "live") for stage in (1, 2) for n in (1, 5) for peer in bench.PEERS]
     sources = {1: ("live", "vision cache", "prompt cache"), 2: ("live", "vision cache")}
     engine = [(stage, n, "engine", source) for stage in (1, 2) for n in (1, 5) for source in sources[stage]]
     formed = [(stage, 5, "engine, formed", source) for stage in (1, 2) for source in sources[stage]]
@@ -77,7 +77,7 @@ def test_the_table_and_its_file(bench, tmp_path, capsys):
     for key, row in rows.items():
         assert row["step_s"] > 0 and row["cpu_s"] > 0 and 0 <= row["padding"] < 1 and row["pairs"] == 10
         assert row["share_of_floor"] == pytest.approx(row["floor_s"] / row["step_s"])
-        plain = rows[key[0], 5, "transformers", "live"]
+        plain = rows[key[0], key[1], "transformers", "live"]
         assert row["times_transformers"] == pytest.approx(plain["step_s"] / row["step_s"])
     cached = rows[1, 5, "engine", "prompt cache"]
     both = 3 * rows[1, 5, "transformers", "live"]["step_s"] / (cached["build_s"] + 3 * cached["step_s"])

@@ -90,7 +90,7 @@ def ffcv(folder: Path, batch: int, workers: int, *, kind: str) -> Epochs:
     decoder = RandomResizedCropRGBImageDecoder((SIZE, SIZE), scale=SCALE, ratio=RATIO)
     pipelines = {"image": [decoder, RandomHorizontalFlip(), ToTensor(), ToTorchImage()], "captions": None}
     # Every pass in an order of its own, with every image once; OrderOption.RANDOM would mix the passes.
-    passes = np.concatenate([order(images, n) for n in range(FFCV_PASSES)])
+    passes = np.concatenate([order(images, n)[: images - images % batch] for n in range(FFCV_PASSES)])
     loader = Loader(
         str(beton), batch_size=batch, num_workers=workers, order=OrderOption.SEQUENTIAL, os_cache=True, pipelines=pipelines, indices=passes
     )  # fmt: skip

@@ -72,7 +72,7 @@ def save_checkpoint(
 def write_snapshot(root: Path, snapshot: Snapshot, keep: int) -> Path:
     """Write a snapshot as `root/step-N`, whole or not at all, and drop all but the newest `keep`.
 
-    Raises SaveError (a full disk, say); what was there before stays.
+    Raises SaveError (a full disk, say); what was there before stays.  Old ones that cannot be removed are left for the next save.
     """
     target = root / f"step-{snapshot.step:08d}"
     temporary = root / f".step-{snapshot.step:08d}.{os.getpid()}.tmp"
@@ -95,7 +95,8 @@ def write_snapshot(root: Path, snapshot: Snapshot, keep: int) -> Path:
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise SaveError(_not_written(target, snapshot, error)) from error
-    _remove_old(root, snapshot.step, keep)
+    with contextlib.suppress(OSError):
+        _remove_old(root, snapshot.step, keep)
     return target
 
 

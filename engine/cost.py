@@ -115,7 +115,8 @@ def work_rates(
 ) -> WorkRates:
     """The FLOPs of a stage, counted on copies without weights; before kernels, sharding or compilation change the model.
 
-    Leaves the model frozen as the stage has it; draws no random number.
+    The Q-Former's are those with keys and values formed: latents are a way to compute less.  Leaves the model frozen as the stage has it; draws
+    no random number.
     """
     model.freeze_for(stage.trains, stage.frozen_dropout)
     batch = first_batch(model, data, layout)

@@ -90,7 +90,7 @@ BACK_ENDS = {
 FALLBACKS = {
     "image_decode": image_decode.live_decoder,
     "qformer_attention": lambda: (
-        "torch, through latents"
+        "torch; latents where they cost less"
         if _gpu_or_cpu().type == "cpu" and "qformer_attention" in MEASURED_ON_CPU
         else "reference"
     ),

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor
 
 from .checkpoint import CheckpointWriter, SaveError, write_json
@@ -195,11 +196,15 @@ class Guard:
             self.save_and_leave(save)
 
     def attempt(self, save: Callable[[], None]) -> None:
-        """On rank 0, `save`: what it runs into ends the run on all ranks together, in the next `after_update` or `saved`."""
+        """`save`, on rank 0: what has no room ends the run on all ranks together, in the next `after_update` or `saved`."""
         try:
             save()
         except SaveError as error:
-            self._failure = self._failure or RunStopped(str(error))
+            self._failure = RunStopped(str(error))
+        except (OSError, SafetensorError) as error:
+            if not _has_no_room(error):
+                raise
+            self._failure = self._without_room(error)
 
     def saved(self) -> None:
         """On every rank: wait until the last checkpoint is on the disk; RunStopped on all of them where it is not."""
@@ -225,6 +230,7 @@ class Guard:
     def save_and_leave(self, save: Callable[[], None]) -> None:
         """Save and raise StoppedOnNotice, on every rank; RunStopped where it could not be saved."""
         self.at("save")
+        self._failure = None  # a save before that had no room: this one tells
         save()
         self.saved()  # torchrun gives the others 30 s as soon as one rank has ended: none ends before rank 0 has written
         error = StoppedOnNotice(
@@ -253,10 +259,8 @@ class Guard:
             raise RunStopped(str(error)) from error
         if isinstance(error, RunStopped | KeyboardInterrupt) or _is_message(error):
             return
-        if isinstance(error, OSError) and error.errno in NO_ROOM:
-            raise RunStopped(
-                f"{error.filename or self.folder}: could not be written ({error.strerror}); make room, then start again"
-            ) from error
+        if _has_no_room(error):
+            raise self._without_room(error) from error
         if is_collective_error(error):
             if self._notice.received:  # the others have followed the same notice
                 raise _quiet(StoppedOnNotice(f"on {self._notice.received}")) from error
@@ -265,6 +269,10 @@ class Guard:
             raise RunStopped(f"{text}\nmore in {self.folder / 'crash.txt'}") from error
         if path := self._write_crash(error):
             error.add_note(f"rank {self.runtime.rank}: the traceback, versions and where each rank stood are in {path}")
+
+    def _without_room(self, error: BaseException) -> RunStopped:
+        path, why = (error.filename, error.strerror) if isinstance(error, OSError) else (None, error)
+        return RunStopped(f"{path or self.folder}: could not be written ({why}); make room, then start again")
 
     def _lost_ranks(self, error: BaseException) -> str:
         beat = self._heartbeat
@@ -304,6 +312,13 @@ class Guard:
             self.writer.finish()
         self._heartbeat.stop("ended")
         self._lock.release()
+
+
+def _has_no_room(error: BaseException) -> bool:
+    """safetensors keeps the system's error as text alone."""
+    if isinstance(error, OSError):
+        return error.errno in NO_ROOM
+    return isinstance(error, SafetensorError) and any(f"(os error {number})" in str(error) for number in NO_ROOM)
 
 
 def is_collective_error(error: BaseException) -> bool:

@@ -26,7 +26,7 @@ from .runlog import RunLog
 from .runtime import Runtime
 
 MEASURED: frozenset[str] = frozenset()  # none yet: no GPU has run them
-# Through latents, where they cost less: a step is 1.05 to 1.07 times as fast while the VPG trains (step_cpu_2026-11-22.json).
+# Through latents, where they cost less: a step is 1.01 to 1.19 times as fast while the VPG trains (step_latents_cpu_2026-11-23.json).
 MEASURED_ON_CPU: frozenset[str] = frozenset({"qformer_attention"})
 TRITON_ALONE = ("prefix_attention", "prompt_assembly", "linear_cross_entropy", "adamw_step")
 INEXACT = frozenset({"frozen_linear"})
@@ -99,7 +99,9 @@ def use_kernels(
             if attention != "auto" and name == "prefix_attention"
             else f"kernels.{name} is {setting}"
         )
-        why = named + ("" if on else f"; {auto_reason or 'not measured on a GPU yet'}")
+        why = named
+        if not on and setting == "auto":
+            why += f"; {auto_reason or 'not measured on a GPU yet'}"
         choices.append(Choice(name, on, name not in INEXACT, why))
     if attention != "auto":
         choices.append(_use_attention(attention, llm))

@@ -91,7 +91,6 @@ def _run(recipe: TransferRecipe, runtime: Runtime, guard: Guard, about_loader: s
         first = progress.stage
         for index in range(first, len(recipe.stages)):
             _train_stage(this, index, found if index == first else None)
-        guard.saved()
         guard.at("final evaluation")
         return outcome.finish(this)
     finally:
@@ -146,6 +145,7 @@ def _train_stage(this: Run, index: int, checkpoint: Path | None) -> None:
     log.end_progress()
     progress.stage_done = True
     _save(this, optimizer)
+    this.guard.saved()  # before hours of the next stage, or files of the result
     this.meter.lap(cost.CHECKPOINTS)
     progress.stage, progress.stage_done = index + 1, False
 
@@ -351,7 +351,7 @@ def _evaluate(this: Run, index: int, stage: Stage) -> bool:
         score = scores[settings.select] if settings.select == "val_loss" else -scores[settings.select]
         if progress.best is None or score < progress.best:
             progress.best, progress.best_pairs, progress.stale_evals = score, progress.pairs, 0
-            outcome.save_model(this, "best")
+            this.guard.attempt(lambda: outcome.save_model(this, "best"))
         else:
             progress.stale_evals += 1
     return stage.patience is not None and progress.stale_evals >= stage.patience

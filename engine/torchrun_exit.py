@@ -23,7 +23,10 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 RECIPE_ERROR = 2
 STOPPED_ON_NOTICE = 75
@@ -82,7 +85,11 @@ def _end_with_meaningful_codes() -> None:
 
     def wait_or_end(context: PContext, *arguments: Any, **settings: Any) -> Any:
         found = wait(context, *arguments, **settings)
-        if found is not None and _says_something([f.exitcode for f in found.failures.values()]):
+        if (
+            found is not None
+            and found.failures
+            and _first(found.failures).exitcode in (RECIPE_ERROR, STOPPED_ON_NOTICE)
+        ):
             context.close()  # the other workers of this machine, as before a restart
             raise ChildFailedError(context.name, found.failures)
         return found
@@ -90,10 +97,12 @@ def _end_with_meaningful_codes() -> None:
     PContext.wait = wait_or_end
 
 
-def _says_something(exit_codes: Sequence[int]) -> bool:
-    """Whether workers have ended with a code of ours, and none was killed: torchrun ends those that are left with SIGTERM, which they take for a
-    scheduler's notice and end with 75."""
-    return any(code in (RECIPE_ERROR, STOPPED_ON_NOTICE) for code in exit_codes) and min(exit_codes) >= 0
+def _first(failures: dict[int, ProcessFailure]) -> ProcessFailure:
+    """The failure that came first.  Those after it say nothing: torchrun ends the other workers with SIGTERM, which kills them (-15), or which
+    they take for a scheduler's notice (75)."""
+    return min(
+        failures.values(), key=lambda f: f.timestamp
+    )  # in whole seconds; of the same second torchrun enters the first one first
 
 
 def _meaningful_exit_code(error: BaseException) -> int | None:
@@ -108,8 +117,6 @@ def _meaningful_exit_code(error: BaseException) -> int | None:
     if not isinstance(error, ChildFailedError) or not _is_train_script(parse_args(sys.argv[1:]).training_script):
         return None
     _, failure = error.get_first_failure()
-    if not _says_something([f.exitcode for f in error.failures.values()]):
-        return None
     return failure.exitcode if failure.exitcode in (RECIPE_ERROR, STOPPED_ON_NOTICE) else None
 
 

@@ -36,9 +36,12 @@ def main(argv: list[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else argv
     dry = "--dry-run" in given
     arguments = [a for a in given if a != "--dry-run"]
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(__doc__ if arguments else USAGE, file=sys.stdout if arguments else sys.stderr)
-        return 0 if arguments else 2
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return 0
+    if not arguments:
+        print(USAGE, file=sys.stderr)
+        return 2
     if unknown := [a for a in arguments if a.startswith("-")]:
         print(f"{USAGE}\ntrain.py: error: unrecognized arguments: {' '.join(unknown)}", file=sys.stderr)
         return 2

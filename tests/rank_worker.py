@@ -16,7 +16,8 @@ def make_fault(name: str) -> None:
     killed-in-eval-4    it is noticed in its fourth evaluation, and killed there when it has saved what it saves
     other-projector     it begins with other values
     other-captions      its captions score as if it alone got better
-    full-disk           its disk has no room for the checkpoint of update 4
+    full-disk           its disk has no room for checkpoints from update 4 on
+    full-disk-at-best   nor for the best model
     """
     from vpgtrans.engine.models.vlm import VisionLanguageModel
 
@@ -24,8 +25,8 @@ def make_fault(name: str) -> None:
         return begin_elsewhere()
     if name == "other-captions":
         return score_better()
-    if name == "full-disk":
-        return have_no_room()
+    if name.startswith("full-disk"):
+        return have_no_room("best" in name)
     if name.startswith("killed-in-eval"):
         return be_killed(int(name.rpartition("-")[2]))
 
@@ -74,19 +75,23 @@ def begin_elsewhere() -> None:
     prepare.build_model = build_model
 
 
-def have_no_room() -> None:
-    import errno
+def have_no_room(at_best: bool) -> None:
+    import re
+
+    from safetensors import SafetensorError
 
     from vpgtrans.engine import checkpoint
+    from vpgtrans.engine.models import vpg
 
     real = checkpoint.save_file
 
     def save_file(tensors, path):
-        if "step-00000004" in str(path):
-            raise OSError(errno.ENOSPC, "No space left on device")
+        step = re.search(r"step-(\d+)", str(path))
+        if int(step[1]) >= 4 if step else at_best:
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
         real(tensors, path)
 
-    checkpoint.save_file = save_file
+    checkpoint.save_file = vpg.save_file = save_file
 
 
 def score_better() -> None:

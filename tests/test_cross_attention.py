@@ -134,8 +134,10 @@ def test_parameters_are_where_they_were():
     assert {name: tensor.data_ptr() for name, tensor in vpg.state_dict().items()} == before
 
 
-def test_blocks_may_be_compiled():
-    plain, vpg = results(build(9), True), build(9)
+@pytest.mark.parametrize("queries", [9, 3], ids=["formed", "latents"])
+def test_blocks_may_be_compiled(queries, monkeypatch):
+    monkeypatch.setattr(cross_attention, "is_interpreted", lambda: False)
+    plain, vpg = results(build(queries), True), build(queries)
     compile_blocks(vpg.qformer, backend="eager")
     for name, got in results(vpg, True).items():
         torch.testing.assert_close(got, plain[name], msg=lambda m, name=name: f"{name}: {m}")

@@ -465,16 +465,34 @@ def test_a_bad_number_on_one_rank_skips_the_update_on_all(tiny_recipe, start_ran
     ]
 
 
-@pytest.mark.parametrize("background", ["true", "false"])
-def test_a_disk_that_is_full_stops_all_ranks_together(background, tiny_recipe, start_ranks, tmp_path):
+STAGE_ENDS_ONLY = "output.checkpoint_every_pairs=null"
+
+
+@pytest.mark.parametrize(
+    ("settings", "fault", "message"),
+    [
+        ((), "full-disk", "step-00000004: the checkpoint could not be written"),
+        (("guards.background_saves=false",), "full-disk", "step-00000004: the checkpoint could not be written"),
+        ((STAGE_ENDS_ONLY,), "full-disk", "step-00000006: the checkpoint could not be written"),
+        ((STAGE_ENDS_ONLY, "stages.0.pairs=6600"), "full-disk", "the checkpoint could not be written"),
+        ((STAGE_ENDS_ONLY,), "full-disk-at-best", "run: could not be written (Error while serializing: I/O error"),
+    ],
+    ids=["background", "foreground", "end of a stage", "on notice", "best model"],
+)
+def test_a_disk_that_is_full_stops_all_ranks_together(settings, fault, message, tiny_recipe, start_ranks, tmp_path):
     """One message, of rank 0, and nobody waits for it in vain."""
-    ranks = start_ranks(2, [str(tiny_recipe), *QUICK, f"guards.background_saves={background}"], fault={0: "full-disk"})
-    assert ends(ranks) == [1, 1]
+    folder = tmp_path / "run"
+    ranks = start_ranks(2, [str(tiny_recipe), *QUICK, *settings], fault={0: fault})
+    if len(settings) == 2:
+        wait_for_update(folder, 8, ranks)
+        os.kill(ranks[1].pid, signal.SIGUSR1)
+    assert ends(ranks) == [1, 1], [r.log.read_text()[-2000:] for r in ranks]
     said, other = (r.log.read_text() for r in ranks)
-    assert "stopped: " in said and "step-00000004: the checkpoint could not be written" in said
+    assert "stopped: " in said and message in said
     assert not any(text in said + other for text in ("lost the others", "Traceback")) and "stopped" not in other
-    assert not (tmp_path / "run" / "crash.txt").exists()
-    assert checkpoint.latest_checkpoint(tmp_path / "run" / "checkpoints")[0].name == "step-00000002"
+    assert not (folder / "crash.txt").exists() and {e["stage"] for e in events(folder, "stage")} == {"warm_up"}
+    found = checkpoint.latest_checkpoint(folder / "checkpoints")[0]
+    assert found is None if STAGE_ENDS_ONLY in settings else found.name == "step-00000002"
 
 
 def test_a_kill_after_a_notice_in_an_evaluation_finds_it_saved(tiny_recipe, start_ranks, tmp_path):

@@ -41,7 +41,7 @@ def test_nothing_unmeasured_is_on_by_itself(make_llm, choose):
 
 
 def test_on_the_cpu_blip2s_qformer_reads_through_latents(make_llm, no_tower):
-    """Measured there (benches/results/step_cpu_2026-11-22.json); `kernels.qformer_attention=torch` is the way back."""
+    """Measured there (benches/results/step_latents_cpu_2026-11-23.json); `kernels.qformer_attention=torch` is the way back."""
     llm = make_llm("llama")
     with torch.device("meta"):
         vpg = VPG(QFormerConfig(), 1408)

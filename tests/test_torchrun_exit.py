@@ -48,6 +48,41 @@ def test_what_a_restart_cannot_mend_is_not_restarted(folder: Path, code: int, ex
     assert returned == expected and output.count("the recipe is wrong") == starts, output
 
 
+FIRST_IS_KILLED = """
+import os, pathlib, signal, sys, time
+print("started", flush=True)
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))  # as a run that takes torchrun's SIGTERM for a notice
+pathlib.Path(f"ready-{os.environ['RANK']}").write_text("")
+while len(list(pathlib.Path().glob("ready-*"))) < 2:
+    time.sleep(0.01)
+if os.environ["RANK"] == "0":
+    os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(120)
+"""
+
+FIRST_IS_WRONG = """
+import os, sys, time
+print("started", flush=True)
+if os.environ["RANK"] == "1":
+    sys.exit(int(sys.argv[1]))
+time.sleep(120)  # without a handler: torchrun's SIGTERM kills it
+"""
+
+
+def test_after_a_kill_all_are_started_again_although_another_ends_with_75(folder: Path) -> None:
+    (folder / "engine" / "train.py").write_text(FIRST_IS_KILLED)
+    returned, output = run(TORCHRUN, "--nproc-per-node=2", "--max-restarts=1", "engine/train.py", cwd=folder)
+    assert returned == 1 and output.count("started") == 4, output
+
+
+@pytest.mark.parametrize("code", [2, 75])
+def test_what_the_first_one_says_counts_although_torchrun_kills_another(folder: Path, code: int) -> None:
+    (folder / "engine" / "train.py").write_text(FIRST_IS_WRONG)
+    command = ("--nproc-per-node=2", "--max-restarts=1", "engine/train.py", str(code))
+    returned, output = run(TORCHRUN, *command, cwd=folder)
+    assert returned == code and output.count("started") <= 2 and "Traceback" not in output, output
+
+
 SAVES_ON_NOTICE = """
 import os, pathlib, signal, sys, time
 def save(number, frame):

@@ -41,10 +41,10 @@ def load_recipe(
     Raises RecipeError with one message: the key, what was expected, what came, and the nearest valid key.
     """
     values = _read_yaml(Path(path))
-    for override in overrides:
-        _apply(values, override)
     if "kind" not in values and {"parts", "arms"} <= values.keys():
         raise RecipeError(f"{path}: expected a recipe, got a plan of parts and arms; use `vpgtrans demo --plan {path}`")
+    for override in overrides:
+        _apply(values, override)
     kind = values.get("kind", "transfer")
     if kind not in KINDS or (kinds and kind not in kinds):
         expected = ", ".join(kinds or tuple(KINDS))

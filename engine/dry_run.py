@@ -119,6 +119,7 @@ def make_plan(recipe: TransferRecipe, with_tower: bool = False) -> Plan:
     shapes = {e.name: set_shape(e, recipe, tokenizer) for e in recipe.data.train if e.name in used}
     setting = compute_setting(recipe, compute_dtype)
     # Traces run on fake tensors of the CPU, so the forms that a GPU would take are not in them.
+    vpg.cross_attention_impl = "reference"
     vpg.fuses_cross_attention = not setting.on_gpu and fuses_cross_attention_on_cpu(recipe.kernels, vpg, tower.tokens)
     stages = []
     for index, stage in enumerate(recipe.stages):

@@ -75,7 +75,7 @@ def use_kernels(
         ),  # first: the others see the new modules
         "prefix_attention": (_prefix_attention_reason(llm, device), lambda: _attend_by_prefix(llm)),
         # Its formed keys and values, and on the CPU its latents, are torch's own operations.
-        "qformer_attention": (None, lambda: _fuse_cross_attention(model)),
+        "qformer_attention": (None, lambda: _fuse_cross_attention(model, asked, device)),
         "projector_converter": (_projection_reason(llm, device), lambda: _project_into_rows(model)),
         "prompt_assembly": (_prompt_assembly_reason(llm, device), lambda: _assemble(llm)),
         "linear_cross_entropy": (without_triton or llm.fused_head_unsupported_reason(), lambda: _fuse_head(llm)),
@@ -140,8 +140,11 @@ def _attend_by_prefix(llm: LanguageModel) -> None:
     llm.use_prefix_attention()
 
 
-def _fuse_cross_attention(model: VisionLanguageModel) -> None:
+def _fuse_cross_attention(model: VisionLanguageModel, asked: Kernels, device: torch.device) -> None:
     model.vpg.fuses_cross_attention = True
+    if device.type == "cpu" and asked.qformer_attention == "auto":
+        # Torch's operations are what was measured; under Triton's interpreter the kernels would run.
+        model.vpg.cross_attention_impl = "reference"
 
 
 def fuses_cross_attention_on_cpu(asked: Kernels, vpg: VPG, image_tokens: int) -> bool:

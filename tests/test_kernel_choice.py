@@ -49,10 +49,11 @@ def test_on_the_cpu_blip2s_qformer_reads_through_latents(make_llm, no_tower):
     runtime = start("cpu", "fp32", 1, 0)
     try:
         for asked, on in ((Kernels(), True), (Kernels(qformer_attention="torch"), False)):
-            vpg.fuses_cross_attention = False
+            vpg.fuses_cross_attention, vpg.cross_attention_impl = False, None
             model = VisionLanguageModel(vpg, torch.nn.Linear(768, llm.hidden_width), llm)
             found = {c.name: c for c in use_kernels(asked, model, no_tower, runtime, None)}["qformer_attention"]
             assert (found.on, found.exact, vpg.fuses_cross_attention) == (on, True, on)
+            assert vpg.cross_attention_impl == ("reference" if on else None)  # also under Triton's interpreter
             assert kernel_choice.fuses_cross_attention_on_cpu(asked, vpg, 257) == on
     finally:
         stop()

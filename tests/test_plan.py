@@ -19,7 +19,6 @@ from vpgtrans.engine.cli import main
 from vpgtrans.engine.data.packing import CaptionData, Group, pack_update
 from vpgtrans.engine.data.pair_batches import pack_pairs
 from vpgtrans.engine.dry_run import ACTIVATIONS_ITEM, make_plan
-from vpgtrans.engine.models import cross_attention
 from vpgtrans.engine.models.tower import CLIP_NORM, VisionTower
 from vpgtrans.engine.models.vision import eva_vit, load_tower
 from vpgtrans.engine.models.vpg import VPG
@@ -161,9 +160,8 @@ def test_activations_of_language_models_against_autograd(name, setting):
 @pytest.mark.parametrize("setting", [FP32, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("trains", [False, True], ids=["frozen", "trains"])
 @pytest.mark.parametrize("latents", [False, True], ids=["formed", "latents"])
-def test_vpg_and_projector_against_torch(latents, trains, setting, monkeypatch):
+def test_vpg_and_projector_against_torch(latents, trains, setting):
     """Torch's operations, which is what the CPU runs; the interpreter's kernels have no FLOPs that torch counts."""
-    monkeypatch.setattr(cross_attention, "is_interpreted", lambda: False)
     config = QFormerConfig(
         hidden_size=96,
         num_attention_heads=3,
@@ -176,7 +174,7 @@ def test_vpg_and_projector_against_torch(latents, trains, setting, monkeypatch):
     for device in ("meta", "cpu"):
         with torch.device(device):
             vpg, projector = VPG(config, 176), torch.nn.Linear(96, 160)
-        vpg.fuses_cross_attention = latents
+        vpg.fuses_cross_attention, vpg.cross_attention_impl = latents, "reference"
         made.append((vpg.requires_grad_(trains).train(trains), projector))
     vpg, projector = made[1]
     traced = trace_vpg(*made[0], 3, 65, setting)

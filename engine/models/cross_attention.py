@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,15 +23,17 @@ from ...kernels.qformer_attention import (
     form_keys_values,
     qformer_attention,
 )
-from ...kernels.triton_support import is_interpreted
+
+Impl = Literal["reference"] | None
 
 
 def image_readers(
-    layers: Sequence[nn.Module], image: Tensor, norm: nn.LayerNorm, queries: int
+    layers: Sequence[nn.Module], image: Tensor, norm: nn.LayerNorm, queries: int, impl: Impl = None
 ) -> list[Callable[[Tensor], Tensor]]:
     """For each cross-attention of the Q-Former (qformer.py's `_Attention`) what it does: (B, Q, D) -> (B, Q, D), residual and norm included.
 
-    image (B, N, W), as it was before `norm`.  Dropout draws from torch's generator.
+    image (B, N, W), as it was before `norm`.  impl: of the latents form, as kernels/qformer_attention.py takes it.  Dropout
+    draws from torch's generator.
     """
     weights = [_weights(layer) for layer in layers]
     trains_affine = torch.is_grad_enabled() and (norm.weight.requires_grad or norm.bias.requires_grad)
@@ -52,8 +55,10 @@ def image_readers(
     )
     if form == "formed":
         pairs = form_keys_values(tokens, weights)
-        return [partial(_read, layer, tokens, w, pair) for layer, w, pair in zip(layers, weights, pairs, strict=True)]
-    return [partial(_read, layer, tokens, w, None) for layer, w in zip(layers, weights, strict=True)]
+        return [
+            partial(_read, layer, tokens, w, pair, impl) for layer, w, pair in zip(layers, weights, pairs, strict=True)
+        ]
+    return [partial(_read, layer, tokens, w, None, impl) for layer, w in zip(layers, weights, strict=True)]
 
 
 def _weights(layer: nn.Module) -> CrossWeights:
@@ -62,13 +67,10 @@ def _weights(layer: nn.Module) -> CrossWeights:
 
 
 def _read(
-    layer: nn.Module, tokens: Tensor, weights: CrossWeights, pair: tuple[Tensor, Tensor] | None, x: Tensor
+    layer: nn.Module, tokens: Tensor, weights: CrossWeights, pair: tuple[Tensor, Tensor] | None, impl: Impl, x: Tensor
 ) -> Tensor:
-    on_cpu = (
-        x.device.type == "cpu" and not is_interpreted()
-    )  # torch's operations are what is meant to run there: no fallback to log
     dense = qformer_attention(
         x, tokens, weights, layer.heads, dropout_p=layer.dropout if layer.training else 0.0, keys_values=pair,
-        form="formed" if pair else "latents", impl="reference" if on_cpu and not pair else None,
+        form="formed" if pair else "latents", impl=None if pair else impl,
     )  # fmt: skip
     return layer.output.finish(dense, x)

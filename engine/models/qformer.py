@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..recipe import QFormerConfig
-from .cross_attention import image_readers
+from .cross_attention import Impl, image_readers
 
 
 class _QKV(nn.Module):
@@ -127,18 +127,18 @@ class QFormer(nn.Module):
 
     def forward(
         self, queries: Tensor | None, image: Tensor | None, text: Tensor | None = None, mask: Tensor | None = None,
-        norm: nn.LayerNorm | None = None,
+        norm: nn.LayerNorm | None = None, impl: Impl = None,
     ) -> Tensor:  # fmt: skip
         """queries (B, Q, D), image (B, N, W), text embeddings (B, T, D), mask (B, 1, Q+T, Q+T) bool -> (B, Q+T, D).
 
-        norm: `image` is as it was before this norm, and kernels/qformer_attention.py reads it.
+        norm: `image` is as it was before this norm, and kernels/qformer_attention.py reads it, its latents by `impl`.
         """
         parts = [p for p in (queries, text) if p is not None]
         x = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
         x = F.dropout(self.layernorm(x), self.dropout, self.training)
         count = 0 if queries is None else queries.shape[1]
         crossing = [layer.crossattention for layer in self.encoder.layer if layer.crossattention is not None]
-        readers = iter(image_readers(crossing, image, norm, count) if norm is not None else ())
+        readers = iter(image_readers(crossing, image, norm, count, impl) if norm is not None else ())
         for layer in self.encoder.layer:
             read_image = next(readers, None) if layer.crossattention is not None else None
             x = layer(x, count, image, mask, read_image)

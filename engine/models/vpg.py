@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..checkpoint import CheckpointError, load_tensors, readable
 from ..recipe import QFormerConfig
+from .cross_attention import Impl
 from .qformer import QFormer
 
 LN_VISION_EPS = 1e-5  # the reference's; transformers' BLIP-2 uses the ViT's 1e-6 in the same place
@@ -28,6 +29,7 @@ class VPG(nn.Module):
     """features (B, N, image width) -> soft prompts (B, queries, hidden width).  Names as in transformers' BLIP-2, but for `ln_vision`."""
 
     fuses_cross_attention = False  # whether `kernels.qformer_attention` reads the image tokens
+    cross_attention_impl: Impl = None  # of its latents; None: by kernels where they can run
 
     def __init__(self, config: QFormerConfig, image_width: int, text_branch: bool = False):
         super().__init__()
@@ -42,7 +44,7 @@ class VPG(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         queries = self.query_tokens.expand(features.shape[0], -1, -1)
         if self.fuses_cross_attention:
-            return self.qformer(queries, features, norm=self.ln_vision)
+            return self.qformer(queries, features, norm=self.ln_vision, impl=self.cross_attention_impl)
         return self.qformer(queries, self.ln_vision(features))
 
 

@@ -142,6 +142,9 @@ class Clock:
         if self.guard:
             self.guard.at(*arguments, **settings)
 
+    def attempt(self, save: Callable[[], None]) -> None:
+        save()
+
     def record(self, *arguments: Any) -> None:
         if self.guard:
             self.guard.record(*arguments)
